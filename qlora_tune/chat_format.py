@@ -1,0 +1,302 @@
+"""Conversations to tokens, and which of them are learned: one encoding for training, scoring and chat.
+
+A conversation is rendered turn by turn with the tokenizer's own chat template, and each assistant turn is found as
+the difference between two renderings. So any template works, no generation markers are needed, and the prompt at
+inference is, token for token, what stood before the answer in training. Control tokens typed inside a message stay
+plain text. Response mask: QLoRA (arXiv 2305.14314, section B) trains on the response only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError as JinjaError
+
+from qlora_tune.data import DataProblem, Example, Message, reject_example
+from qlora_tune.errors import TemplateError
+
+IGNORED = -100  # the label that torch's cross entropy skips
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# For a base without ChatML's tokens: roles in plain text, and the base's own end-of-text token ends each turn.
+# New tokens would need trained embeddings, which costs more memory than the whole adapter.
+PLAIN_ROLES = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Unicode noncharacters, meant for a program's inner use; the first that a conversation doesn't contain breaks its
+# control tokens apart until they are tokenized.
+_BREAKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_PROBE = "Zq9 probe"
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One training sequence. labels[i] is input_ids[i] where the token is learned, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    source: str = ""
+
+    @property
+    def learned(self) -> int:
+        """Number of learned tokens."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive rendered text, learned or not, in pieces that are tokenized apart."""
+
+    pieces: tuple[str, ...]
+    learned: bool
+
+
+def ensure_chat_template(tokenizer: Any) -> str:
+    """Give a tokenizer without a chat template one, without resizing embeddings. Returns which: own, chatml, plain."""
+    if tokenizer.chat_template:
+        return "own"
+    vocabulary = tokenizer.get_added_vocab()
+    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        tokenizer.chat_template = CHATML
+        return "chatml"
+    if not tokenizer.eos_token:
+        raise TemplateError(
+            "The tokenizer has no chat template, no <|im_end|> and no end-of-text token, so no turn could end. "
+            "Choose a base model whose tokenizer has an eos_token."
+        )
+    tokenizer.chat_template = PLAIN_ROLES
+    return "plain"
+
+
+class ChatFormat:
+    """How one tokenizer's chat template is rendered, tokenized and masked. Build it with `probe`."""
+
+    def __init__(self, tokenizer: Any, end_of_turn: str, folds_system: bool) -> None:
+        self.tokenizer = tokenizer
+        self.end_of_turn = end_of_turn
+        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(end_of_turn)
+        self.folds_system = folds_system
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+        special = [text for text, token in added.items() if token.special or text == end_of_turn]
+        self._special = _any_of(special)
+        # Tokens such as <think> are ordinary format inside an answer, but not inside what a user typed.
+        self._added = _any_of(text for text in added if not text.isspace())
+        self._special_ids = {tokenizer.convert_tokens_to_ids(text) for text in special}
+        self._guard, self._guard_length = _pick_guard(tokenizer, added)
+
+    @classmethod
+    def probe(cls, tokenizer: Any) -> ChatFormat:
+        """Inspect a tokenizer's chat template: its end of turn, and whether it renders a system turn.
+
+        Raises TemplateError when it has no template, fails on a plain conversation, or ends no assistant turn with
+        a control token (a model trained on it would never stop).
+        """
+        if not tokenizer.chat_template:
+            raise TemplateError("The tokenizer has no chat template; see ensure_chat_template.")
+        user, answer = Message(role="user", content="Hello"), Message(role="assistant", content=_PROBE)
+        try:
+            prompt = _render(tokenizer, [user], add_generation_prompt=True)
+            full = _render(tokenizer, [user, answer])
+        except (JinjaError, ValueError, TypeError) as error:
+            raise TemplateError(f"The chat template fails on a plain conversation: {error}") from None
+        if not full.startswith(prompt) or _PROBE not in full[len(prompt) :]:
+            raise TemplateError(
+                "The chat template renders a prompt that is not the beginning of the finished conversation, so the "
+                "answer can't be located. Use a template whose generation prompt opens the assistant turn."
+            )
+        tail = full[full.index(_PROBE) + len(_PROBE) :]
+        controls = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
+        found = controls.search(tail)
+        if not found:
+            raise TemplateError(
+                f"The chat template ends an assistant turn with {tail!r}, which holds no control token: the model "
+                "would never learn to stop. Add the tokenizer's eos_token after the assistant's content."
+            )
+        return cls(tokenizer, found.group(), _folds_system(tokenizer, user))
+
+    def tokenize_example(
+        self, messages: Sequence[Message], max_length: int | None = None, source: str = ""
+    ) -> list[TokenizedExample]:
+        """Render one conversation and mark which tokens are learned.
+
+        Every assistant turn is learned through its end-of-turn token; nothing else is. Returns one sequence, or one
+        per assistant turn where the template rewrites the history (thinking templates drop earlier thoughts, so
+        what was learned in an earlier turn is not what a later turn sees). A conversation longer than max_length
+        [tokens] is cut after the last turn that fits. Raises TemplateError when an assistant turn can't be located,
+        or when not even the first one fits.
+        """
+        sequences = [self._encode_sequence(segments) for segments in self._sequences(messages)]
+        fitting = [_cut(ids, labels, self.end_of_turn_id, max_length) for ids, labels in sequences]
+        kept = [TokenizedExample(ids, labels, source) for ids, labels in fitting if ids]
+        if not kept:
+            shortest = min(len(ids) for ids, _ in sequences)
+            raise TemplateError(f"is {shortest} tokens long, max_length is {max_length}")
+        return kept
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Encode a conversation that waits for an answer: exactly the tokens that precede it in training."""
+        segments = self._sequences([*messages, Message(role="assistant", content=_PROBE)])[-1]
+        return self._encode_sequence(segments[:-1])[0]
+
+    def _sequences(self, messages: Sequence[Message]) -> list[list[_Segment]]:
+        """Cut the rendered conversation where learning begins and ends; a new sequence where history is rewritten."""
+        safe, mark = self._sanitise(self._fold(messages))
+        sequences: list[list[_Segment]] = []
+        rendered: str | None = None
+        for index, turn in enumerate(safe):
+            if turn["role"] != "assistant":
+                continue
+            try:
+                prompt = _render(self.tokenizer, safe[:index], add_generation_prompt=True)
+                full = _render(self.tokenizer, safe[: index + 1])
+            except (JinjaError, ValueError, TypeError) as error:
+                raise TemplateError(f"the chat template refuses it: {error}") from None
+            answer = full.removeprefix(prompt)
+            end = answer.find(self.end_of_turn)
+            if answer == full or end < 0 or answer[:end].isspace() or not end:
+                raise TemplateError(f"the answer in turn {index + 1} can't be located in what the template renders")
+            if rendered is None or not prompt.startswith(rendered):
+                sequences.append([])
+                rendered = ""
+            answer = answer[: end + len(self.end_of_turn)]
+            opening = prompt[len(rendered) :]
+            sequences[-1] += [
+                _Segment(tuple(opening.split(mark)), False),
+                _Segment(tuple(answer.split(mark)), True),
+            ]
+            rendered = prompt + answer
+        return sequences
+
+    def _encode_sequence(self, segments: Sequence[_Segment]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in segments:
+            piece_ids: list[int] = []
+            for piece in segment.pieces:
+                piece_ids += self._encode(piece, first=not ids and not piece_ids)
+            expected = sum(len(self._special.findall(piece)) for piece in segment.pieces)
+            if sum(token in self._special_ids for token in piece_ids) != expected:
+                raise TemplateError("a control token arises from its content; remove it from the row")
+            ids += piece_ids
+            labels += piece_ids if segment.learned else [IGNORED] * len(piece_ids)
+        return ids, labels
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        """Encode a piece of a sequence as it would be encoded in its midst.
+
+        SentencePiece tokenizers put a space before the first word of whatever they are given; behind a guard that
+        is encoded along and dropped again, they don't.
+        """
+        if not text:
+            return []
+        guard = "" if first else self._guard
+        ids: list[int] = self.tokenizer(guard + text, add_special_tokens=False)["input_ids"]
+        return ids[self._guard_length :] if guard else ids
+
+    def _fold(self, messages: Sequence[Message]) -> list[Message]:
+        """Put the system turn in front of the first user turn where the template has no place for it."""
+        if not self.folds_system or messages[0]["role"] != "system":
+            return list(messages)
+        system, user, *rest = messages
+        return [Message(role="user", content=f"{system['content']}\n\n{user['content']}"), *rest]
+
+    def _sanitise(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        everything = "".join(turn["content"] for turn in messages)
+        mark = next((mark for mark in _BREAKS if mark not in everything), None)
+        if mark is None:
+            raise TemplateError("holds all 32 Unicode noncharacters U+FDD0 to U+FDEF; remove them")
+        return [
+            Message(
+                role=turn["role"],
+                content=_break_tokens(
+                    turn["content"], self._special if turn["role"] == "assistant" else self._added, mark
+                ),
+            )
+            for turn in messages
+        ], mark
+
+
+def tokenize_examples(
+    chat: ChatFormat, examples: Iterable[Example], max_length: int
+) -> tuple[list[TokenizedExample], list[DataProblem]]:
+    """Tokenize examples; those that don't fit the template or max_length [tokens] become problems."""
+    tokenized: list[TokenizedExample] = []
+    problems: list[DataProblem] = []
+    for example in examples:
+        try:
+            sequences = chat.tokenize_example(example.messages, max_length, example.source)
+        except TemplateError as error:
+            problems.append(reject_example(example, str(error)))
+            continue
+        answers = sum(turn["role"] == "assistant" for turn in example.messages)
+        learned = sum(sequence.labels.count(chat.end_of_turn_id) for sequence in sequences)
+        if learned < answers:
+            reason = f"longer than max_length {max_length}: only its first {learned} of {answers} answers are learned"
+            problems.append(reject_example(example, reason, "changed"))
+        tokenized += sequences
+    return tokenized, problems
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    # enable_thinking=False makes thinking templates put the empty thought into the prompt, where plain
+    # instruction data leaves it; other templates ignore the variable.
+    text: str = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+    )
+    return text
+
+
+def _folds_system(tokenizer: Any, user: Message) -> bool:
+    """Whether a system turn must go into the user's: the template refuses, drops or later moves it."""
+    system, answer = Message(role="system", content=_PROBE), Message(role="assistant", content="Hi")
+    try:
+        prompt = _render(tokenizer, [system, user], add_generation_prompt=True)
+        full = _render(tokenizer, [system, user, answer])
+    except (JinjaError, ValueError, TypeError):
+        return True
+    return _PROBE not in prompt or not full.startswith(prompt)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the texts, the longest first; one that never matches when there are none."""
+    ordered = sorted(set(texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
+
+
+def _pick_guard(tokenizer: Any, added: dict[str, Any]) -> tuple[str, int]:
+    """Text behind which a word is encoded as in the midst of a line, and its length [tokens]; often empty.
+
+    For SentencePiece tokenizers a control token does, if it swallows no white space behind it; old ones put a space
+    behind control tokens too, but not behind a newline.
+    """
+    controls = [text for text, token in added.items() if token.special and not token.rstrip and not token.normalized]
+    for guard in ["", *controls[:1], "\n"]:
+        alone, followed = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (guard, guard + "a"))
+        rest = tokenizer.convert_ids_to_tokens(followed[len(alone) :])
+        if followed[: len(alone)] == alone and rest == ["a"]:
+            return guard, len(alone)
+    return "", 0
+
+
+def _break_tokens(content: str, tokens: re.Pattern[str], mark: str) -> str:
+    """Put a mark behind the first character of every control token, overlapping ones too."""
+    position = 0
+    while found := tokens.search(content, position):
+        position = found.start() + 1
+        content = content[:position] + mark + content[position:]
+    return content
+
+
+def _cut(ids: list[int], labels: list[int], end_of_turn_id: int, max_length: int | None) -> tuple[list[int], list[int]]:
+    """Cut a sequence after the last learned end of turn within max_length [tokens]; empty when there is none."""
+    if max_length is None or len(ids) <= max_length:
+        return ids, labels
+    ends = [i for i in range(max_length) if labels[i] == end_of_turn_id]
+    return (ids[: ends[-1] + 1], labels[: ends[-1] + 1]) if ends else ([], [])

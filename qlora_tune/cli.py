@@ -1,0 +1,383 @@
+"""The terminal face: flags from the settings' one declaration, commands thin over the package's functions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from rich.markup import escape
+
+from qlora_tune import __version__, terminal
+from qlora_tune.config import (
+    BUILTIN,
+    ResolvedConfig,
+    TrainConfig,
+    describe_limits,
+    list_presets,
+    pick_preset,
+    resolve_config,
+    shipped_path,
+)
+from qlora_tune.errors import ConfigError, TuneError
+from qlora_tune.model import quiet_stack
+from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
+from qlora_tune.terminal import console
+
+if TYPE_CHECKING:
+    from qlora_tune.train import Setup
+
+HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
+
+Without a command: the whole job on the built-in base and sample.jsonl, offline: check, train, score before and
+after, export."""
+
+
+def _settings_type() -> type:
+    """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
+    fields: list[Any] = []
+    for name, field in TrainConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        flag = name.replace("_", "-")
+        limits = ", ".join(part for part in (extra["unit"], describe_limits(field)) if part)
+        is_switch = field.annotation is bool
+        default = ", ".join(field.default) if isinstance(field.default, list) else str(field.default).lower()
+        parameter = Parameter(
+            name=tuple(dict.fromkeys((f"--{flag}", f"--{name}"))),
+            group=Group(extra["group"]),
+            help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {default or 'none'})",
+            show_default=False,
+            negative=(f"--no-{flag}",) if is_switch else (),
+            consume_multiple=False,
+        )
+        kind: Any = bool if is_switch else list[str] if "list" in str(field.annotation) else str
+        fields.append((name, Annotated[kind | None, parameter], dataclasses.field(default=None)))
+    return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
+
+
+Settings = _settings_type()
+AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
+ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
+RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
+
+app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
+
+
+@app.default
+def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[int, Parameter(help="Seed of the whole run.")] = 42) -> None:
+    """The whole job on the built-in base and sample.jsonl."""
+    sample = shipped_path("sample.jsonl")
+    resolved = resolve_config({"preset": BUILTIN, "data": [str(sample)], "runs_dir": runs_dir, "seed": seed})
+    console.rule("1  check the data", align="left")
+    check(sample)
+    console.rule("2  train", align="left")
+    run = _train(resolved)
+    if run is None:
+        return
+    console.rule("4  export", align="left")
+    export(run.path)
+    console.rule("next", align="left")
+    name, reason = _pick_auto()
+    console.print(
+        f"chat with it:         python -m qlora_tune chat {run.path}\n"
+        f"look at the tokens:   python -m qlora_tune preview\n"
+        f"train on your data:   python -m qlora_tune train YOUR.jsonl\n"
+        f"preset here:          {name} ({reason})",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command
+def train(
+    *files: str,
+    config: ConfigFile = None,
+    resume: Annotated[Path | None, Parameter(help="Run to go on with, as it was set up.", show_default=False)] = None,
+    settings: AnySettings = None,
+) -> None:
+    """Train an adapter on FILES and score it on held-out rows."""
+    if resume is not None:
+        given = [*files, *_given(settings), *(["config"] if config else [])]
+        if given:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings; {', '.join(map(str, given))} can't be changed. "
+                "Start a new run instead."
+            )
+        _resume(resume)
+        return
+    _train(_resolve(files, config, settings))
+
+
+@app.command
+def check(*files: Path) -> None:
+    """Read FILES and report rows kept and rejected, with reasons. Loads no model."""
+    from qlora_tune.data import load_examples
+
+    _, report = load_examples(files or [shipped_path("sample.jsonl")])
+    terminal.show_report(report)
+
+
+@app.command
+def preview(
+    *files: str,
+    rows: Annotated[int, Parameter(help="How many rows to show.")] = 3,
+    config: ConfigFile = None,
+    settings: AnySettings = None,
+) -> None:
+    """Show rows of FILES as the tokens that will be trained on, the learned ones on green."""
+    from qlora_tune.train import prepare
+
+    setup = prepare(_resolve(files, config, settings).config)
+    for sequence in setup.data.train[:rows]:
+        figures = f"{len(sequence.input_ids)} tokens, {sequence.learned} learned"
+        console.rule(f"{sequence.source}   {figures}", align="left")
+        console.print(terminal.show_tokens(setup.tokenizer, sequence.input_ids, sequence.labels), soft_wrap=True)
+    console.rule()
+    terminal.show_report(setup.data.report)
+    terminal.show_data_summary(setup.data.summary())
+    ends = sum(setup.chat.end_of_turn_id in sequence.labels for sequence in setup.data.train)
+    console.print(
+        f"end-of-turn {setup.chat.end_of_turn} is learned in {ends} of {len(setup.data.train)} sequences", markup=False
+    )
+
+
+@app.command
+def presets() -> None:
+    """List the presets."""
+    terminal.show_presets(list_presets())
+
+
+@app.command(name="config")
+def show_config(*, config: ConfigFile = None, settings: AnySettings = None) -> None:
+    """Print every setting, its value and where the value came from."""
+    terminal.show_config(_resolve((), config, settings))
+
+
+@app.command
+def runs(*, runs_dir: RunsDir = "runs") -> None:
+    """List all runs with their state and scores."""
+    terminal.show_runs(list_runs(runs_dir))
+
+
+@app.command
+def evaluate(run: Path | None = None, *, runs_dir: RunsDir = "runs") -> None:
+    """Score a finished run again: base and tuned model answer the held-out rows."""
+    from qlora_tune.train import prepare
+
+    found = _find_run(run, runs_dir)
+    quiet_stack(found.log_file)
+    trained = _open_trained(found)
+    setup = prepare(trained.config)
+    _score(found, trained.config, trained.load(), setup)
+
+
+@app.command
+def chat(
+    run: Path | None = None,
+    *,
+    runs_dir: RunsDir = "runs",
+    model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, Parameter(help="Sample from the likeliest tokens of this share.")] = 1.0,
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer [tokens].")] = 256,
+) -> None:
+    """Chat with a run's model, tuned or base; the newest run without a name."""
+    from qlora_tune.generate import stream_reply
+
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ConfigError("Expected --temperature >= 0, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
+    found = _find_run(run, runs_dir)
+    quiet_stack(found.log_file)
+    trained = _open_trained(found, model_name_or_path)
+    model = trained.load()
+
+    def reply(messages: Any, tuned: bool) -> Any:
+        with contextlib.nullcontext() if tuned else model.disable_adapter():
+            yield from stream_reply(
+                model,
+                trained.chat,
+                messages,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+            )
+
+    terminal.chat_loop(reply)
+
+
+@app.command
+def export(
+    run: Path | None = None,
+    *,
+    runs_dir: RunsDir = "runs",
+    output: Annotated[Path | None, Parameter(help="Zip or folder to write.", show_default=False)] = None,
+    merged: Annotated[bool, Parameter(help="Write the merged 16-bit model instead of the adapter.")] = False,
+    into: Annotated[
+        Literal["quantized", "original"],
+        Parameter(help="Merge into the dequantized 4-bit base (what was trained), or the original one (close)."),
+    ] = "quantized",
+    model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
+) -> None:
+    """Export a run's adapter as a zip, or the merged model; each is loaded again and compared."""
+    from qlora_tune.export import export_adapter, merge_adapter
+
+    found = _find_run(run, runs_dir)
+    quiet_stack(found.log_file)
+    trained = _open_trained(found, model_name_or_path)
+    if merged:
+        target = output or found.path / "merged"
+        divergence = merge_adapter(trained, target, into)
+        done = f"merged model: {target} (loaded again; mean KL from the adapter {divergence:.1e} nats)"
+    else:
+        target = output or found.path / f"{found.name}.zip"
+        export_adapter(trained, target)
+        size = target.stat().st_size / 1e6
+        done = f"adapter: {target} ({size:.1f} MB; unpacked, loaded again, answers equal)"
+    console.print(done, markup=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 2 for anything the user can mend, 130 interrupted."""
+    tokens = sys.argv[1:] if arguments is None else arguments
+    quiet_stack()
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _fail(f"{error}{_suggest_command(tokens)}")
+    except TuneError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except _Stopped as stopped:
+        return stopped.code
+    return 0
+
+
+class _Stopped(Exception):  # noqa: N818 - a stop is no error
+    """A run was stopped by a signal and saved; the exit code tells the shell."""
+
+    code = 130
+
+
+def _fail(message: str) -> int:
+    terminal.errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    return 2
+
+
+def _suggest_command(tokens: list[str]) -> str:
+    names = [name for name in app if not name.startswith("-")]
+    if not tokens or tokens[0] in names or tokens[0].startswith("-"):
+        return ""
+    close = difflib.get_close_matches(tokens[0], names, n=1)
+    return f' Did you mean "{close[0]}"?' if close else f" Commands: {', '.join(names)}."
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def _resolve(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
+    flags = _given(settings)
+    if files:
+        flags["data"] = [*files, *flags.get("data", [])]
+    return resolve_config(flags, config, _pick_auto)
+
+
+def _pick_auto() -> tuple[str, str]:
+    from qlora_tune.model import detect_device, is_downloaded
+
+    device = detect_device()
+    return pick_preset(device.kind, device.memory_bytes / 1e9, is_downloaded)
+
+
+def _find_run(name: Path | None, runs_dir: str) -> Run:
+    from qlora_tune.export import require_adapter
+
+    run = open_run(name, runs_dir) if name else latest_run(runs_dir)
+    require_adapter(run)
+    return run
+
+
+def _open_trained(run: Run, model_name_or_path: str | None = None) -> Any:
+    from qlora_tune.export import open_trained
+
+    return open_trained(run, model_name_or_path)
+
+
+def _train(resolved: ResolvedConfig) -> Run | None:
+    """Make a run, train, score. Returns the run, or raises _Stopped when a signal ended it."""
+    from qlora_tune.train import prepare
+
+    setup = prepare(resolved.config)
+    run = new_run(resolved.config)
+    quiet_stack(run.log_file)
+    console.print(f"preset {resolved.config.preset}: {resolved.preset_reason}", markup=False)
+    return _fit(run, resolved.config, setup, resume=False)
+
+
+def _resume(path: Path) -> None:
+    from qlora_tune.train import prepare
+
+    run = open_run(path)
+    quiet_stack(run.log_file)
+    config = run.read_config()
+    _fit(run, config, prepare(config), resume=True)
+
+
+def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+    from qlora_tune.train import train as fit
+
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    console.print(
+        f"run {run.path}\n"
+        f"base {setup.base.name} in {'4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else '16 bits'}, "
+        f"{setup.precision}, on {setup.device.name}\n"
+        f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
+        f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "
+        f"LoRA r {config.lora_r}",
+        markup=False,
+        soft_wrap=True,
+    )
+    terminal.show_data_summary(setup.data.summary())
+    if setup.data.report.rejected:
+        console.print(f"{setup.data.report.rejected} rows rejected: {run.path / 'problems.jsonl'}", markup=False)
+    with terminal.TrainProgress() as progress:
+        result = fit(config, run, setup, resume=resume, on_metrics=progress.update)
+    if result.status == "stopped":
+        console.print(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}", markup=False)
+        raise _Stopped
+    console.rule("3  score", align="left")
+    _score(run, config, result.model, setup)
+    return run
+
+
+def _score(run: Run, config: TrainConfig, model: Any, setup: Setup) -> None:
+    from qlora_tune import evaluate as scores
+
+    if not setup.data.heldout_examples or not config.score_rows:
+        console.print("No held-out rows to score on.")
+        return
+    with terminal.scoring_progress() as progress:
+        comparison = scores.compare(
+            model,
+            setup.chat,
+            setup.data.heldout_examples,
+            score_rows=config.score_rows,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.per_device_eval_batch_size,
+            seed=config.seed,
+            on_progress=progress,
+        )
+    scores.write_comparison(run, comparison)
+    total = comparison.total()
+    run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
+    terminal.show_comparison(comparison)
+    console.print(f"all answers: {run.path / 'comparison.md'}", markup=False, soft_wrap=True)

@@ -1,0 +1,283 @@
+"""Every setting, declared once, and the layers that decide its value: defaults < preset < config file < flags.
+
+The declaration feeds the command line, validation, `qlora_tune config`, the README's table and the record that
+each run keeps. Names are those of Transformers, PEFT and TRL wherever they have one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from qlora_tune.errors import ConfigError, join_problems
+
+BUILTIN = "builtin"
+
+
+def setting(default: Any, group: str, help: str, unit: str = "", **limits: Any) -> Any:
+    """Declare one setting: its default, the group it is shown in, its help, its unit and its limits."""
+    return Field(
+        default=default,
+        description=help,
+        json_schema_extra={"group": group, "unit": unit},
+        validate_default=True,
+        **limits,
+    )
+
+
+class TrainConfig(BaseModel):
+    """All settings of a run. Flat; validated as a whole, so that every problem is reported at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    preset: str = setting(
+        "auto", "Model", "Preset to start from: a name, a TOML file, `auto` (by device and memory) or `none`."
+    )
+    model_name_or_path: str = setting(
+        BUILTIN, "Model", "Base model: `builtin`, a folder, or the id of a model hub repository."
+    )
+    model_revision: str | None = setting(None, "Model", "Branch, tag or commit of the base model on the hub.")
+    load_in_4bit: bool = setting(True, "Model", "Quantize the base to 4 bits; off trains plain LoRA.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "Model", "4-bit data type.")
+    bnb_4bit_use_double_quant: bool = setting(
+        True, "Model", "Quantize the quantization constants too; saves 0.37 bit per parameter (arXiv 2305.14314)."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Model", "Compute precision; `auto` takes bfloat16 where the device really has it."
+    )
+
+    data: list[str] = setting([], "Data", "Files of instruction-response pairs (.jsonl or .json); may repeat.")
+    heldout_data: list[str] = setting(
+        [], "Data", "Files held out of training and used to score; replaces heldout_share."
+    )
+    heldout_share: float = setting(
+        0.1, "Data", "Share of the rows held out of training, whole duplicate groups at a time.", ge=0, le=0.5
+    )
+    max_length: int = setting(
+        1024, "Data", "Longest sequence; rows that are longer are left out and counted.", "tokens", ge=16, le=1_000_000
+    )
+
+    lora_r: int = setting(16, "LoRA", "Rank of the adapter.", ge=1, le=1024)
+    lora_alpha: float = setting(32, "LoRA", "Scaling: the update is multiplied by lora_alpha / lora_r.", gt=0, le=4096)
+    lora_dropout: float = setting(
+        0.0, "LoRA", "Dropout before the adapter; above 0 costs about 30 % of the speed.", ge=0, lt=1
+    )
+    lora_target_modules: list[str] = setting(
+        ["all-linear"], "LoRA", "Layers that get an adapter: `all-linear`, or names such as q_proj,v_proj."
+    )
+    use_rslora: bool = setting(False, "LoRA", "Scale by lora_alpha / sqrt(lora_r) instead (arXiv 2312.03732).")
+    use_dora: bool = setting(False, "LoRA", "Learn magnitude and direction apart (DoRA, arXiv 2402.09353); slower.")
+
+    num_train_epochs: float = setting(3.0, "Training", "Passes over the training rows.", "epochs", gt=0, le=1000)
+    max_steps: int = setting(-1, "Training", "Stop after this many optimizer steps; -1 for no limit.", "steps", ge=-1)
+    per_device_train_batch_size: int = setting(4, "Training", "Rows per micro-batch.", "rows", ge=1, le=4096)
+    gradient_accumulation_steps: int = setting(
+        4, "Training", "Micro-batches per optimizer step; effective batch = this x batch size.", ge=1, le=4096
+    )
+    learning_rate: float = setting(2e-4, "Training", "Peak learning rate.", gt=0, le=1)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        "cosine", "Training", "How the learning rate falls after warmup."
+    )
+    warmup_ratio: float = setting(0.03, "Training", "Share of the steps that warm the rate up.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "Training", "Decoupled weight decay of the adapter.", ge=0, le=1)
+    max_grad_norm: float = setting(1.0, "Training", "Gradients above this norm are scaled down.", gt=0)
+    optim: str = setting(
+        "auto", "Training", "Optimizer, by Transformers' name; `auto`: paged_adamw_8bit on CUDA, else adamw_torch."
+    )
+    neftune_noise_alpha: float | None = setting(
+        None, "Training", "Noise on the embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual.", gt=0
+    )
+    activation_checkpointing: Literal["auto", "on", "off"] = setting(
+        "auto", "Training", "Recompute activations in the backward pass: slower, far less memory; `auto`: CUDA only."
+    )
+    seed: int = setting(42, "Training", "Seed of the split, the order, the adapter and the noise.", ge=0)
+
+    eval_steps: float = setting(
+        0.25, "Evaluation", "Held-out loss and checkpoint every so many steps; below 1 a share of the run.", gt=0
+    )
+    load_best_model_at_end: bool = setting(
+        True, "Evaluation", "Keep the adapter of the lowest held-out loss instead of the last one."
+    )
+    early_stopping_patience: int = setting(
+        0, "Evaluation", "Stop after this many evaluations without a better held-out loss; 0 never.", ge=0
+    )
+    per_device_eval_batch_size: int = setting(16, "Evaluation", "Rows per batch when scoring.", "rows", ge=1, le=4096)
+    score_rows: int = setting(
+        200, "Evaluation", "Held-out rows that base and tuned model answer; 0 skips scoring.", "rows", ge=0
+    )
+    max_new_tokens: int = setting(256, "Evaluation", "Longest answer when scoring.", "tokens", ge=1, le=100_000)
+
+    runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
+    run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")
+
+    @field_validator("data", "heldout_data", "lora_target_modules", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("lora_target_modules", mode="after")
+    @classmethod
+    def _split_commas(cls, value: list[str]) -> list[str]:
+        return [name.strip() for entry in value for name in entry.split(",") if name.strip()] or ["all-linear"]
+
+    @field_validator("eval_steps")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("should be a whole number of steps, or a share below 1")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value[0] in ".-" or any(c in '/\\:*?"<>|\0' for c in value)):
+            raise ValueError("should be a plain folder name")
+        return value
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of changes to the defaults, for one kind of device."""
+
+    name: str
+    description: str
+    device: str  # "cpu" or "cuda"
+    min_memory_gb: float  # smallest device memory [GB] it is meant for
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The settings of a run, and for each one the layer that decided it."""
+
+    config: TrainConfig
+    origins: dict[str, str]
+    preset_reason: str
+
+
+def shipped_path(name: str) -> Path:
+    """Find a file or folder that ships with the package: in a wheel beside the code, in a checkout above it."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
+
+
+def load_preset(name: str) -> Preset:
+    """Load a preset by name or from a TOML file. Raises ConfigError with the names that exist."""
+    path = Path(name) if name.endswith(".toml") else shipped_path("presets") / f"{name}.toml"
+    if not path.is_file():
+        known = [preset.name for preset in list_presets()]
+        raise ConfigError(f'Unknown preset "{name}".{_suggest(name, known)} Presets: {", ".join(known)}.')
+    content = read_toml(path)
+    missing = [key for key in ("description", "device", "min_memory_gb", "settings") if key not in content]
+    if missing:
+        raise ConfigError(f"{path}: a preset needs {', '.join(missing)}. See presets/builtin.toml for the form.")
+    fields = {key: content[key] for key in ("description", "device", "min_memory_gb", "settings")}
+    return Preset(name=path.stem, **fields)
+
+
+def list_presets() -> list[Preset]:
+    """All shipped presets, CPU first, then by the memory they ask for."""
+    presets = [load_preset(str(path)) for path in shipped_path("presets").glob("*.toml")]
+    return sorted(presets, key=lambda preset: (preset.device != "cpu", preset.min_memory_gb, preset.name))
+
+
+def pick_preset(device: str, memory_gb: float, available: Callable[[str], bool]) -> tuple[str, str]:
+    """Choose a preset for a device; returns its name and the reason in words.
+
+    A GPU's memory is taken with 6 % of slack, because a card sold as 8 GB reports 7.6 to 8.0. On a CPU nothing
+    is downloaded unasked: `available(model)` says whether a base model is already on this machine.
+    """
+    fitting = [p for p in list_presets() if p.device == device and p.min_memory_gb <= memory_gb * 1.06]
+    if device == "cuda":
+        if fitting:
+            best = fitting[-1]
+            return best.name, f"the largest preset that a GPU of {memory_gb:.0f} GB holds"
+        return BUILTIN, f"a GPU of {memory_gb:.1f} GB is below the smallest GPU preset"
+    for preset in reversed(fitting):
+        if preset.name != BUILTIN and available(preset.settings["model_name_or_path"]):
+            return preset.name, "no CUDA GPU, and its base model is already on this machine"
+    return BUILTIN, "no CUDA GPU; --preset cpu-small downloads a real small base model (270 MB)"
+
+
+def resolve_config(
+    flags: Mapping[str, Any],
+    config_file: Path | None = None,
+    pick_auto: Callable[[], tuple[str, str]] = lambda: (BUILTIN, "the default"),
+) -> ResolvedConfig:
+    """Lay defaults, preset, config file and flags over each other and validate the whole.
+
+    `flags` holds only what was given. `pick_auto` is called when the preset is `auto`, and returns a name and a
+    reason. Raises ConfigError listing every unknown key and every bad value with the layer it came from.
+    """
+    file_values = read_toml(config_file) if config_file else {}
+    asked = flags.get("preset") or file_values.get("preset")
+    if asked is None:
+        asked = "none" if {**file_values, **flags}.get("model_name_or_path") else "auto"
+    name, reason = pick_auto() if asked == "auto" else (str(asked), "as asked")
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if name != "none":
+        layers.append((f"preset {name}", load_preset(name).settings))
+    if config_file:
+        layers.append((str(config_file), file_values))
+    layers.append(("flag", flags))
+
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(TrainConfig.model_fields, "default")
+    for origin, layer in layers:
+        values.update(layer)
+        origins.update(dict.fromkeys(layer, origin))
+    values["preset"], origins["preset"] = name, origins["preset"] if asked == name else "auto"
+    return ResolvedConfig(_validate(values, origins), origins, reason)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError when it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Expected a TOML file of settings.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}.") from None
+
+
+def describe_limits(field: FieldInfo) -> str:
+    """Say in words what a setting accepts beyond its type, such as `>= 1, <= 4096`; empty when nothing."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [(sign, getattr(rule, key, None)) for rule in field.metadata for key, sign in signs.items()]
+    return ", ".join(f"{sign} {value:g}" for sign, value in found if value is not None)
+
+
+def _validate(values: dict[str, Any], origins: dict[str, str]) -> TrainConfig:
+    known = list(TrainConfig.model_fields)
+    problems = [f"{key} ({origins[key]}): no such setting.{_suggest(key, known)}" for key in values if key not in known]
+    # TOML and flags have no null: the word none stands for it where a setting may be absent.
+    clean = {k: None if v == "none" and k != "preset" else v for k, v in values.items() if k in known}
+    try:
+        config = TrainConfig.model_validate(clean)
+    except ValidationError as error:
+        problems += [_explain(dict(item), origins) for item in error.errors()]
+    if problems:
+        raise ConfigError(join_problems("These settings can't be used:", problems))
+    return config
+
+
+def _explain(item: dict[str, Any], origins: dict[str, str]) -> str:
+    name = str(item["loc"][0])
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    about = TrainConfig.model_fields[name].description
+    return f"{name} = {item['input']!r} ({origins.get(name, 'default')}): {message}. {about}"
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,382 @@
+"""Files to examples: read rows, recognise each row's shape, turn it into a conversation, hold some out.
+
+First station of a row's journey. Nothing is dropped silently: every row read becomes an Example or a DataProblem
+that names file, line and reason.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from qlora_tune.errors import DataError, join_problems
+
+Shape = Literal["alpaca", "prompt-completion", "messages", "sharegpt"]
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+KNOWN_SHAPES = (
+    'alpaca ("instruction", "output", maybe "input"), "prompt" with "completion", '
+    '"messages" with role and content, or "conversations" with from and value'
+)
+
+
+class Message(TypedDict):
+    """One turn: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Row(NamedTuple):
+    """One row as it stood in its file."""
+
+    fields: dict[str, Any]
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation ready for the chat template; its last turn is the assistant's."""
+
+    messages: tuple[Message, ...]
+    task: str | None
+    source: str  # "sample.jsonl:7"
+
+
+@dataclass(frozen=True)
+class DataProblem:
+    """A row that was rejected or changed, with the reason and the row as it stood."""
+
+    file: str
+    line: int
+    reason: str
+    action: Literal["rejected", "changed"] = "rejected"
+    original: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass
+class DataReport:
+    """What became of every row: rows_in == kept + rejected."""
+
+    rows_in: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    problems: list[DataProblem] = field(default_factory=list)
+
+    @property
+    def rejected(self) -> int:
+        return sum(problem.action == "rejected" for problem in self.problems)
+
+    @property
+    def changed(self) -> int:
+        return sum(problem.action == "changed" for problem in self.problems)
+
+    @property
+    def kept(self) -> int:
+        return self.rows_in - self.rejected
+
+
+class _RowError(ValueError):
+    """Why one row can't be used."""
+
+
+def read_rows(path: Path) -> Iterator[Row | DataProblem]:
+    """Read one .jsonl or .json file row by row, in file order; a bad row becomes a DataProblem.
+
+    JSON Lines are streamed. A file whose first character is `[` is read as one array whatever its name, and a
+    file that starts with `{` on several lines as one object. Raises DataError when the file can't be read at all.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder. Expected a .jsonl or .json file; name the files in it.")
+    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
+        raise DataError(f'{path}: files ending in "{path.suffix}" are not read. Expected .jsonl or .json.')
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+            file.seek(0)
+            if start == b"[" or (start == b"{" and path.suffix.lower() == ".json"):
+                yield from _read_array(_decode_whole(file.read(), path), str(path))
+            else:
+                yield from _read_lines(file, str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Give the path of a .jsonl or .json file.") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}.") from None
+
+
+def detect_format(fields: dict[str, Any]) -> Shape | None:
+    """Recognise one row's shape by its keys; None when it is none of those that are read."""
+    if "messages" in fields:
+        return "messages"
+    if "conversations" in fields:
+        return "sharegpt"
+    if "instruction" in fields and "output" in fields:
+        return "alpaca"
+    if "prompt" in fields and "completion" in fields:
+        return "prompt-completion"
+    return None
+
+
+def to_example(row: Row) -> tuple[Example, Shape, str | None]:
+    """Turn a row into an Example. Returns it, the shape it had, and what was changed (None: nothing).
+
+    Raises ValueError with the reason when the row can't be used.
+    """
+    shape = detect_format(row.fields)
+    if shape is None:
+        keys = ", ".join(f'"{key}"' for key in list(row.fields)[:8]) or "none"
+        raise _RowError(f"its keys ({keys}) are no known shape; expected {KNOWN_SHAPES}")
+    messages = _READERS[shape](row.fields)
+    change = None
+    while messages and messages[-1]["role"] != "assistant":
+        messages, change = messages[:-1], "a last turn without an answer was left out"
+    _check_turns(messages)
+    task = row.fields.get("task") or row.fields.get("category")
+    source = f"{Path(row.file).name}:{row.line}"
+    return Example(tuple(messages), task if isinstance(task, str) else None, source), shape, change
+
+
+def load_examples(paths: Sequence[str | Path]) -> tuple[list[Example], DataReport]:
+    """Read files into examples and a report. Raises DataError when no row at all can be used."""
+    examples: list[Example] = []
+    report = DataReport()
+    for path in paths:
+        for row in read_rows(Path(path)):
+            report.rows_in += 1
+            if isinstance(row, DataProblem):
+                report.problems.append(row)
+                continue
+            try:
+                example, shape, change = to_example(row)
+            except _RowError as error:
+                report.problems.append(DataProblem(row.file, row.line, str(error), original=row.fields))
+                continue
+            if change:
+                report.problems.append(DataProblem(row.file, row.line, change, "changed", row.fields))
+            examples.append(example)
+            report.shapes[shape] += 1
+            report.tasks[example.task or "(none)"] += 1
+    if not examples:
+        names = ", ".join(str(path) for path in paths)
+        found = [str(problem) for problem in report.problems] or [f"{names}: the file has no rows."]
+        raise DataError(join_problems(f"No usable row in {names}. Expected {KNOWN_SHAPES}.", found))
+    return examples, report
+
+
+def duplicate_key(example: Example) -> str:
+    """What makes two examples copies for the split: system and first user turn, without case and spacing."""
+    opening = [turn["content"] for turn in example.messages if turn["role"] == "system"]
+    opening += [turn["content"] for turn in example.messages if turn["role"] == "user"][:1]
+    return re.sub(r"\s+", " ", "\n".join(opening)).strip().casefold()
+
+
+def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Hold out about `share` of each task's examples, whole duplicate groups at a time.
+
+    Returns (train, heldout), both in file order. No duplicate group stands on both sides; a group larger than a
+    task's quota stays in training. At least one group is held out where there are two and share > 0.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(duplicate_key(example), []).append(index)
+    keys = sorted(groups)
+    random.Random(seed).shuffle(keys)
+    totals = Counter(example.task for example in examples)
+    quota = {task: share * count for task, count in totals.items()}
+    heldout: set[int] = set()
+    for key in keys:
+        members = groups[key]
+        task = examples[members[0]].task
+        # Rounded to the nearest, so that small tasks are neither always nor never held out.
+        if len(members) <= quota[task] + 0.5:
+            quota[task] -= len(members)
+            heldout.update(members)
+    if not heldout and share > 0 and len(groups) > 1:
+        heldout.update(groups[min(keys, key=lambda key: len(groups[key]))])
+    train = [example for index, example in enumerate(examples) if index not in heldout]
+    return train, [example for index, example in enumerate(examples) if index in heldout]
+
+
+def drop_seen(train: Sequence[Example], heldout: Sequence[Example]) -> tuple[list[Example], list[DataProblem]]:
+    """Leave out held-out examples whose duplicate group also stands in training: they would flatter the score."""
+    seen = {duplicate_key(example): example.source for example in train}
+    clean = [example for example in heldout if duplicate_key(example) not in seen]
+    leaks = [example for example in heldout if duplicate_key(example) in seen]
+    return clean, [
+        reject_example(example, f"held out, but the same prompt is trained on at {seen[duplicate_key(example)]}")
+        for example in leaks
+    ]
+
+
+def reject_example(example: Example, reason: str, action: Literal["rejected", "changed"] = "rejected") -> DataProblem:
+    """Report an example that a later station had to leave out or change."""
+    name, _, line = example.source.rpartition(":")
+    original = {"messages": list(example.messages), "task": example.task}
+    return DataProblem(name, int(line), reason, action, original)
+
+
+def _decode_whole(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
+
+
+def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row | DataProblem]:
+    for number, content in enumerate(lines, start=1):
+        content = content.removeprefix(codecs.BOM_UTF8).strip()
+        if not content:
+            continue
+        try:
+            yield _as_row(_DECODER.decode(content.decode()), name, number)
+        except UnicodeDecodeError as error:
+            lossy = content.decode(errors="backslashreplace")
+            yield DataProblem(name, number, f"not UTF-8 text (byte {error.start} of the line)", original=lossy)
+        except ValueError as error:
+            yield DataProblem(name, number, f"not valid JSON: {_json_reason(error)}", original=content.decode())
+
+
+def _read_array(text: str, name: str) -> Iterator[Row | DataProblem]:
+    """Decode array elements one by one, so that each keeps the line it starts on."""
+    alone = text.lstrip().startswith("{")
+    position = _skip(text, 0, "" if alone else "[")
+    line, counted = 1, 0
+    while position < len(text) and text[position] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, end = _DECODER.raw_decode(text, position)
+        except ValueError as error:
+            reason = f"not valid JSON: {_json_reason(error)}; nothing from this line on could be read"
+            yield DataProblem(name, line, reason, original=text[position : position + 500])
+            return
+        yield _as_row(value, name, line)
+        position = _skip(text, end, ",")
+    if not alone and position >= len(text):
+        end_line = text.count("\n") + 1
+        yield DataProblem(name, end_line, 'the array has no closing "]": the file may be cut off')
+
+
+def _skip(text: str, position: int, mark: str) -> int:
+    match = re.compile(rf"\s*{re.escape(mark)}?\s*").match(text, position)
+    return match.end() if match else position
+
+
+def _as_row(value: Any, name: str, line: int) -> Row | DataProblem:
+    if isinstance(value, dict):
+        return Row(value, name, line)
+    return DataProblem(name, line, f"is a {_type_name(value)}, expected an object", original=value)
+
+
+def _json_reason(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f'the key "{twice}" stands twice in one object')
+    return row
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def _type_name(value: Any) -> str:
+    names = {list: "list", dict: "object", bool: "true/false value", int: "number", float: "number", str: "text"}
+    return names.get(type(value), "null")
+
+
+def _text(fields: dict[str, Any], key: str, what: str = "") -> str:
+    value = fields.get(key)
+    if not isinstance(value, str):
+        raise _RowError(f'{what}"{key}" is a {_type_name(value)}, expected text')
+    return value
+
+
+def _read_alpaca(fields: dict[str, Any]) -> list[Message]:
+    system = _text(fields, "system") if fields.get("system") else ""
+    extra = _text(fields, "input") if fields.get("input") else ""
+    instruction = _text(fields, "instruction")
+    user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    opening = [Message(role="system", content=system)] if system.strip() else []
+    answer = Message(role="assistant", content=_text(fields, "output"))
+    return [*opening, Message(role="user", content=user), answer]
+
+
+def _read_prompt_completion(fields: dict[str, Any]) -> list[Message]:
+    if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
+        return _turns([*fields["prompt"], *fields["completion"]], "prompt", "role", "content", {})
+    return [
+        Message(role="user", content=_text(fields, "prompt")),
+        Message(role="assistant", content=_text(fields, "completion")),
+    ]
+
+
+def _read_messages(fields: dict[str, Any]) -> list[Message]:
+    return _turns(fields["messages"], "messages", "role", "content", {})
+
+
+def _read_sharegpt(fields: dict[str, Any]) -> list[Message]:
+    opening = [Message(role="system", content=_text(fields, "system"))] if fields.get("system") else []
+    return opening + _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+
+
+def _turns(value: Any, key: str, role: str, content: str, roles: dict[str, str]) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise _RowError(f'"{key}" is {"empty" if value == [] else "a " + _type_name(value)}, expected a list of turns')
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict):
+            raise _RowError(f"turn {number} is a {_type_name(turn)}, expected an object")
+        name = _text(turn, role, f"turn {number}: ")
+        turns.append(Message(role=roles.get(name, name), content=_text(turn, content, f"turn {number}: ")))
+    return turns
+
+
+_READERS = {
+    "alpaca": _read_alpaca,
+    "prompt-completion": _read_prompt_completion,
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+}
+
+
+def _check_turns(messages: list[Message]) -> None:
+    """Hold the order that every chat template can render: maybe system, then user and assistant by turns."""
+    if not messages:
+        raise _RowError("has no assistant turn to learn from")
+    expected = "user"
+    for number, turn in enumerate(messages, start=1):
+        role = turn["role"]
+        if role not in ("system", "user", "assistant"):
+            raise _RowError(f'turn {number} has the role "{role}"; expected system, user or assistant')
+        if role == "system" and number > 1:
+            raise _RowError(f"turn {number} is a system turn; only the first turn may be one")
+        if role != "system" and role != expected:
+            raise _RowError(f"turn {number} is the {role}'s, expected the {expected}'s")
+        if not turn["content"].strip():
+            raise _RowError(f"turn {number} ({role}) is empty")
+        expected = {"system": "user", "user": "assistant", "assistant": "user"}[role]

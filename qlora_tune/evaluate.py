@@ -1,0 +1,181 @@
+"""Proof: base and tuned model answer the same held-out rows, scored by task."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qlora_tune.chat_format import ChatFormat
+from qlora_tune.data import Example, Message
+from qlora_tune.generate import generate_answers
+from qlora_tune.runs import Run, write_json
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One held-out row with both answers. The prompt is the conversation up to its last assistant turn."""
+
+    source: str
+    task: str
+    prompt: tuple[Message, ...]
+    reference: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Exact matches of one task: counts of rows, and of rows answered right."""
+
+    task: str
+    rows: int
+    base: int
+    tuned: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against tuned on the same rows."""
+
+    answers: list[Answered]
+
+    def by_task(self) -> list[TaskScore]:
+        """Scores by task, in alphabetical order."""
+        tasks: dict[str, list[Answered]] = {}
+        for answer in self.answers:
+            tasks.setdefault(answer.task, []).append(answer)
+        return [_score(task, tasks[task]) for task in sorted(tasks)]
+
+    def total(self) -> TaskScore:
+        """The score over all rows."""
+        return _score("all", self.answers)
+
+
+def compare(
+    model: Any,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    *,
+    score_rows: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    on_progress: Callable[[str, int, int], None] = lambda who, done, total: None,
+) -> Comparison:
+    """Let an adapter's model answer held-out rows with the adapter and without it.
+
+    At most `score_rows` rows, drawn by seed. One loaded base serves both: with the adapter disabled it is the base,
+    to the last bit. Answers end at the longest reference plus 16 tokens (beyond it none could match), or at
+    `max_new_tokens`. `on_progress` gets "base" or "tuned", rows answered and rows in all.
+    """
+    chosen = _draw(examples, score_rows, seed)
+    prompts = [example.messages[:-1] for example in chosen]
+    references = [example.messages[-1]["content"] for example in chosen]
+    lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
+    limit = min(max_new_tokens, max(lengths, default=0) + 16)
+
+    def answer(who: str) -> list[str]:
+        return generate_answers(
+            model,
+            chat,
+            prompts,
+            max_new_tokens=limit,
+            batch_size=batch_size,
+            on_progress=lambda done: on_progress(who, done, len(prompts)),
+        )
+
+    with model.disable_adapter():
+        base = answer("base")
+    tuned = answer("tuned")
+    return Comparison(
+        [
+            Answered(example.source, example.task or "(none)", prompt, reference, before, after)
+            for example, prompt, reference, before, after in zip(chosen, prompts, references, base, tuned, strict=True)
+        ]
+    )
+
+
+def is_exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference, but for Unicode composition and white space. Case counts."""
+    return _normalise(answer) == _normalise(reference)
+
+
+def write_comparison(run: Run, comparison: Comparison) -> None:
+    """Keep a comparison in the run: scores.json for programs, comparison.md for people."""
+    total = comparison.total()
+    scores = {
+        "metric": "exact match",
+        "rows": total.rows,
+        "base": total.base / max(total.rows, 1),
+        "tuned": total.tuned / max(total.rows, 1),
+        "by_task": [asdict(score) for score in comparison.by_task()],
+        "answers": [asdict(answer) for answer in comparison.answers],
+    }
+    write_json(run.path / "scores.json", scores)
+    (run.path / "comparison.md").write_text(to_markdown(comparison), encoding="utf-8")
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The score table and all answers side by side, as markdown."""
+    sides = [
+        "| row | prompt | expected | base | tuned | |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(_side_by_side(answer) for answer in comparison.answers),
+    ]
+    return "\n".join(
+        [
+            "# Base against tuned",
+            "",
+            "Exact match on held-out rows, greedy answers.",
+            "",
+            score_table(comparison),
+            "",
+            "## Answers side by side",
+            "",
+            *sides,
+            "",
+        ]
+    )
+
+
+def score_table(comparison: Comparison) -> str:
+    """The scores by task and over all rows, as a markdown table."""
+    lines = ["| task | rows | base | tuned |", "| --- | ---: | ---: | ---: |"]
+    for score in [*comparison.by_task(), comparison.total()]:
+        rows = max(score.rows, 1)
+        lines.append(f"| {score.task} | {score.rows} | {score.base / rows:.1%} | {score.tuned / rows:.1%} |")
+    return "\n".join(lines)
+
+
+def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    if len(examples) <= count:
+        return list(examples)
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def _score(task: str, answers: Sequence[Answered]) -> TaskScore:
+    base = sum(is_exact_match(answer.base, answer.reference) for answer in answers)
+    tuned = sum(is_exact_match(answer.tuned, answer.reference) for answer in answers)
+    return TaskScore(task, len(answers), base, tuned)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _side_by_side(answer: Answered) -> str:
+    prompt = " ⏎ ".join(f"{turn['role']}: {turn['content']}" for turn in answer.prompt)
+    mark = "✓" if is_exact_match(answer.tuned, answer.reference) else "✗"
+    cells = [answer.source, prompt, answer.reference, answer.base, answer.tuned, mark]
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(text: str, longest: int = 300) -> str:
+    """One markdown table cell: plain text on one line; HTML and pipes can't act, long text is cut in sight."""
+    shown = text if len(text) <= longest else text[:longest] + " …"
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\r", ""), ("\n", " ⏎ "), ("`", "\\`")):
+        shown = shown.replace(old, new)
+    return shown.replace("![", "!\\[")

@@ -1,0 +1,227 @@
+"""A run's folder: settings, state, metrics, log, checkpoints. The folder is the truth; every face reads it.
+
+RUN/config.toml       every setting, as it was resolved
+RUN/state.json        status, process, device, base, data fingerprint, totals
+RUN/metrics.jsonl     one line a training step and one an evaluation
+RUN/log.txt           what the libraries had to say
+RUN/data.json         rows in, kept, rejected, held out; tokens
+RUN/problems.jsonl    every rejected or changed row as it stood, with file, line and reason
+RUN/checkpoints/      resumable states, each with a manifest of hashes
+RUN/adapter/          the trained adapter
+RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tune.config import TrainConfig, read_toml
+from qlora_tune.data import DataProblem
+from qlora_tune.errors import RunError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    def read_config(self) -> TrainConfig:
+        return TrainConfig.model_validate(read_toml(self.path / "config.toml"))
+
+    def read_state(self) -> dict[str, Any]:
+        """The run's state; a run whose process is gone without a last word reads as interrupted."""
+        state = read_json(self.path / "state.json")
+        if state["status"] == "running" and not _is_alive(state["pid"], state["started"]):
+            state["status"] = "interrupted"
+        return state
+
+    def update_state(self, **changes: Any) -> None:
+        """Change entries of state.json; readers see the old file or the new one, never half of it."""
+        path = self.path / "state.json"
+        state = read_json(path) if path.exists() else {}
+        write_json(path, {**state, **changes, "updated": time.time()})
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # the last line of a killed process
+                continue
+        return entries
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what was measured after a step, before training goes on from it."""
+        kept = [json.dumps(entry) for entry in self.read_metrics() if entry["step"] <= step]
+        temporary = self.path / "metrics.jsonl.tmp"
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path / "metrics.jsonl")
+
+    def write_problems(self, problems: Iterable[DataProblem]) -> None:
+        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+        (self.path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def new_run(config: TrainConfig) -> Run:
+    """Make a run's folder and keep its settings there. Raises RunError when the name is taken."""
+    import tomli_w
+
+    root = Path(config.runs_dir)
+    base = Path(config.model_name_or_path).name
+    name = config.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{base}"
+    path = root / name
+    number = 2
+    while config.run_name is None and path.exists():
+        path, number = root / f"{name}-{number}", number + 1
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(f"{path}: this run exists. Choose another --run-name, or go on with --resume {path}.") from None
+    except OSError as error:
+        raise RunError(f"{path}: the run's folder can't be made: {error.strerror}.") from None
+    settings = {key: value for key, value in config.model_dump().items() if value is not None}
+    (path / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    run = Run(path)
+    run.update_state(status="preparing", created=time.time())
+    return run
+
+
+def open_run(name: str | Path, runs_dir: str | Path = "runs") -> Run:
+    """Open a run by its folder or its name. Raises RunError naming the runs that exist."""
+    for path in (Path(name), Path(runs_dir) / name):
+        if (path / "state.json").is_file():
+            return Run(path)
+    known = [run.name for run in list_runs(runs_dir)]
+    hint = f"Runs in {runs_dir}: {', '.join(known[-10:])}." if known else f"There are no runs in {runs_dir} yet."
+    raise RunError(f"{name}: no such run. {hint}")
+
+
+def latest_run(runs_dir: str | Path = "runs") -> Run:
+    """The newest run that has an adapter. Raises RunError when there is none."""
+    finished = [run for run in list_runs(runs_dir) if (run.adapter / "adapter_config.json").is_file()]
+    if not finished:
+        raise RunError(f"There is no run with an adapter in {runs_dir}. Train one first: qlora_tune train FILE")
+    return finished[-1]
+
+
+def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
+    """All runs in a folder, oldest first."""
+    found = [Run(path.parent) for path in Path(runs_dir).glob("*/state.json")]
+    return sorted(found, key=lambda run: run.read_state().get("created", 0))
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Declare a checkpoint complete: write its manifest of sizes and hashes last, after everything is on disk."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    write_json(folder / MANIFEST, entries)
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint whose manifest holds for every file; damaged ones are passed over. None: there is none."""
+    folders = run.checkpoints.glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(folder):
+            return folder
+    return None
+
+
+def remove_unsealed(run: Run) -> list[str]:
+    """Delete checkpoints that were not finished, so that nothing ever resumes from them. Returns their names."""
+    broken = [folder for folder in run.checkpoints.glob("checkpoint-*") if not _is_whole(folder)]
+    for folder in broken:
+        shutil.rmtree(folder)
+    return [folder.name for folder in broken]
+
+
+def fingerprint_files(paths: Sequence[str | Path]) -> str:
+    """Hash the content of data files, in order: a resumed run must see what it saw before."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run. Raises RunError when it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: can't be read ({error}).") from None
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(entries) and all(_matches(folder / name, entry) for name, entry in entries.items())
+
+
+def _matches(path: Path, entry: dict[str, Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        return False
+    with path.open("rb") as file:
+        return bool(hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"])
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    """Whether a run's process still lives; a later process with the same number doesn't count."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).create_time() <= started + 1)
+    except psutil.Error:
+        return False

@@ -1,0 +1,253 @@
+"""What the terminal shows: reports, progress, coloured tokens, score tables, chat. It decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits
+from qlora_tune.data import DataReport, Message
+from qlora_tune.errors import MAX_LISTED
+from qlora_tune.evaluate import Comparison, is_exact_match
+from qlora_tune.runs import Run
+
+console = Console(highlight=False, soft_wrap=False)
+errors = Console(highlight=False, stderr=True)
+
+CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
+
+
+def show_report(report: DataReport) -> None:
+    """Rows in, kept and rejected, by shape and task, with the first problems."""
+    shapes = ", ".join(f"{count} {shape}" for shape, count in report.shapes.most_common()) or "none"
+    console.print(
+        f"[bold]{report.rows_in}[/] rows = [green]{report.kept} kept[/] + [red]{report.rejected} rejected[/]"
+        f" ({report.changed} of the kept were changed)   shapes: {shapes}"
+    )
+    if len(report.tasks) > 1:
+        tasks = ", ".join(f"{escape(task)} {count}" for task, count in sorted(report.tasks.items()))
+        console.print(f"tasks: {tasks}", style="dim")
+    for problem in report.problems[:MAX_LISTED]:
+        word = "[red]rejected[/]" if problem.action == "rejected" else "[yellow]changed[/]"
+        console.print(f"  {word} {escape(str(problem))}")
+    if len(report.problems) > MAX_LISTED:
+        console.print(f"  … and {len(report.problems) - MAX_LISTED} more")
+
+
+def show_data_summary(summary: dict[str, Any]) -> None:
+    """What will be trained on, in one line of figures."""
+    share = summary["learned_tokens"] / max(summary["train_tokens"], 1)
+    console.print(
+        f"training on {summary['train_sequences']} sequences, {summary['train_tokens']:,} tokens, "
+        f"{summary['learned_tokens']:,} of them learned ({share:.0%}); longest {summary['longest_sequence']}; "
+        f"{summary['rows_heldout']} rows held out"
+    )
+
+
+def show_tokens(tokenizer: Any, ids: list[int], labels: list[int]) -> Text:
+    """One sequence's tokens, those that are learned on green, control tokens in bold."""
+    text = Text()
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for position, token in enumerate(ids):
+        piece = tokenizer.decode([token]).replace("\n", "⏎\n")
+        style = "black on green" if labels[position] != -100 else ("dim" if position % 2 else "")
+        text.append(piece, style=f"bold {style}" if token in special else style)
+    return text
+
+
+def show_presets(presets: Iterable[Preset]) -> None:
+    """The presets with the device and memory they are meant for, and their base."""
+    table = Table("preset", "device", "from", "base model", "what it is", box=None)
+    for preset in presets:
+        base = str(preset.settings.get("model_name_or_path", "builtin"))
+        row = (preset.name, preset.device, f"{preset.min_memory_gb:g} GB", base, preset.description)
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def show_config(resolved: ResolvedConfig) -> None:
+    """Every setting with its value, where the value came from, and what it is."""
+    table = Table("setting", "value", "from", "meaning", box=None)
+    for name, field in TrainConfig.model_fields.items():
+        extra = field.json_schema_extra
+        unit = extra.get("unit") if isinstance(extra, dict) else ""
+        limits = ", ".join(part for part in (str(unit or ""), describe_limits(field)) if part)
+        meaning = f"{field.description}" + (f" [{limits}]" if limits else "")
+        value = getattr(resolved.config, name)
+        shown = "none" if value is None else ", ".join(value) if isinstance(value, list) else f"{value}"
+        changed = resolved.origins[name] != "default"
+        table.add_row(
+            name, escape(shown), escape(resolved.origins[name]), escape(meaning), style="bold" if changed else None
+        )
+    console.print(table)
+    console.print(f"preset: {escape(resolved.config.preset)} ({escape(resolved.preset_reason)})")
+
+
+def show_runs(runs: Iterable[Run]) -> None:
+    """All runs with state, base, preset, steps, losses and score."""
+    table = Table("run", "state", "preset", "base model", "steps", "held-out loss", "score", "started", box=None)
+    for run in runs:
+        state = run.read_state()
+        config = run.read_config()
+        loss = state.get("best_eval_loss")
+        score = state.get("score_tuned")
+        table.add_row(
+            escape(run.name),
+            state["status"],
+            escape(config.preset),
+            escape(config.model_name_or_path),
+            f"{state.get('steps', 0)}/{state.get('total_steps', '?')}",
+            "" if loss is None else f"{loss:.4f}",
+            "" if score is None else f"{state['score_base']:.1%} → {score:.1%}",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(state.get("created", 0))),
+        )
+    console.print(table if table.row_count else "No runs yet. Start one: python -m qlora_tune")
+
+
+def show_comparison(comparison: Comparison, examples: int = 8) -> None:
+    """The score table, then some answers side by side."""
+    table = Table("task", "rows", "base", "tuned", title="exact match on held-out rows", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for score in comparison.by_task():
+        rows = max(score.rows, 1)
+        table.add_row(escape(score.task), str(score.rows), f"{score.base / rows:.0%}", f"{score.tuned / rows:.0%}")
+    total = comparison.total()
+    rows = max(total.rows, 1)
+    table.add_section()
+    table.add_row("all", str(rows), f"{total.base / rows:.1%}", f"{total.tuned / rows:.1%}", style="bold")
+    console.print(table)
+    console.print(_side_by_side(comparison, examples))
+
+
+def _side_by_side(comparison: Comparison, count: int) -> Table:
+    table = Table(
+        "prompt", "expected", "base", "tuned", "", title="answers side by side", title_justify="left", show_lines=True
+    )
+    step = max(1, len(comparison.answers) // max(count, 1))
+    for answer in comparison.answers[::step][:count]:
+        right = is_exact_match(answer.tuned, answer.reference)
+        cells = [answer.prompt[-1]["content"], answer.reference, answer.base, answer.tuned]
+        table.add_row(*(Text(_clip(cell)) for cell in cells), "[green]✓[/]" if right else "[red]✗[/]")
+    return table
+
+
+def _clip(text: str, longest: int = 160) -> str:
+    return text if len(text) <= longest else text[:longest] + " …"
+
+
+class TrainProgress:
+    """Live progress of training: loss, tokens/s, memory, time left. Plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("train", total=None, figures="")
+        self._heldout = ""
+        self._printed = -1.0
+
+    def __enter__(self) -> TrainProgress:
+        if console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, entry: dict[str, Any]) -> None:
+        """Take one entry of metrics.jsonl."""
+        if "eval_loss" in entry:
+            self._heldout = f"  held-out {entry['eval_loss']:.4f}"
+            return
+        left = timedelta(seconds=int(entry["left_s"]))
+        figures = (
+            f"loss {entry['loss']:.4f}{self._heldout}  {entry.get('tokens_per_s', 0):,.0f} tokens/s  "
+            f"{entry['memory_bytes'] / 2**30:.1f} GiB  {left} left"
+        )
+        step, total = entry["step"], entry["total_steps"]
+        if console.is_terminal:
+            self._progress.update(self._task, total=total, completed=step, figures=figures)
+        elif step == total or step / total - self._printed >= 0.1:
+            self._printed = step / total
+            console.print(f"step {step}/{total}  {figures}")
+
+
+@contextlib.contextmanager
+def scoring_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for answering the held-out rows, base first, then tuned."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(who: str, done: int, total: int) -> None:
+            if who not in tasks:
+                tasks[who] = progress.add_task(f"answering: {who}", total=total)
+            progress.update(tasks[who], completed=done)
+
+        yield update
+
+
+Reply = Callable[[list[Message], bool], Iterator[str]]
+
+
+def chat_loop(reply: Reply) -> None:
+    """Talk in the terminal. `reply(messages, tuned)` streams the answer of the tuned or the base model."""
+    messages: list[Message] = []
+    tuned = True
+    console.print(f"Chatting with the tuned model. {CHAT_HELP}", style="dim")
+    while True:
+        try:
+            line = console.input("[bold]you:[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        if command in ("/base", "/tuned"):
+            tuned = command == "/tuned"
+            console.print(f"now {command[1:]}", style="dim")
+        elif command == "/clear":
+            messages = [turn for turn in messages if turn["role"] == "system"]
+            console.print("conversation cleared", style="dim")
+        elif command == "/system":
+            messages = [Message(role="system", content=rest.strip())] if rest.strip() else []
+            console.print("system prompt set, conversation cleared" if messages else "no system prompt", style="dim")
+        elif command.startswith("/"):
+            console.print(CHAT_HELP, style="dim")
+        elif line:
+            messages.append(Message(role="user", content=line))
+            answer = _stream(reply(messages, tuned), "tuned" if tuned else "base")
+            # An empty answer can't stand in the history: templates would render a turn that never was learned.
+            messages = [*messages, Message(role="assistant", content=answer)] if answer else messages[:-1]
+
+
+def _stream(pieces: Iterator[str], who: str) -> str:
+    console.print(f"[bold]{who}:[/] ", end="")
+    answer = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            answer += piece
+            console.print(piece, end="", markup=False, soft_wrap=True)
+    console.print()
+    return answer.strip()

@@ -1,0 +1,417 @@
+"""The SFT stage: prepared rows through TRL's SFTTrainer, on a 4-bit base with a LoRA adapter (QLoRA, arXiv 2305.14314).
+
+TRL gets input_ids and labels ready-made; masking and truncation are decided before it (chat_format).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_tune import data as rows
+from qlora_tune import model as models
+from qlora_tune import runs
+from qlora_tune.chat_format import IGNORED, ChatFormat, TokenizedExample, tokenize_examples
+from qlora_tune.config import TrainConfig, shipped_path
+from qlora_tune.data import DataReport, Example
+from qlora_tune.errors import DataError, ModelError, RunError, join_problems
+from qlora_tune.model import BaseModel, Device, Precision, Quantization
+from qlora_tune.runs import Run
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What is trained on and what is scored on, with the report of what became of every row."""
+
+    train: list[TokenizedExample]
+    heldout: list[TokenizedExample]
+    heldout_examples: list[Example]
+    report: DataReport
+
+    def summary(self) -> dict[str, Any]:
+        """Totals for the run's record; tokens are counted on the training sequences."""
+        lengths = [len(sequence.input_ids) for sequence in self.train]
+        return {
+            "rows_in": self.report.rows_in,
+            "rows_kept": self.report.kept,
+            "rows_rejected": self.report.rejected,
+            "rows_changed": self.report.changed,
+            "rows_heldout": len(self.heldout_examples),
+            "shapes": dict(self.report.shapes),
+            "tasks": dict(self.report.tasks),
+            "train_sequences": len(self.train),
+            "train_tokens": sum(lengths),
+            "learned_tokens": sum(sequence.learned for sequence in self.train),
+            "longest_sequence": max(lengths),
+        }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything decided before training: where it runs, on which base, with which rows."""
+
+    device: Device
+    precision: Precision
+    base: BaseModel
+    tokenizer: Any
+    chat: ChatFormat
+    data: PreparedData
+
+    def total_steps(self, config: TrainConfig) -> int:
+        """Optimizer steps of the whole run, counted as Transformers' Trainer counts them."""
+        batches = math.ceil(len(self.data.train) / config.per_device_train_batch_size)
+        an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The tuned model, still loaded, and how training ended: finished or stopped."""
+
+    model: Any
+    setup: Setup
+    status: str
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
+    device = models.detect_device()
+    base = models.find_base(config.model_name_or_path, config.model_revision)
+    tokenizer, chat = models.load_tokenizer(base)
+    precision = device.precision if config.dtype == "auto" else config.dtype
+    if precision == "float16" and device.kind == "cpu":
+        raise ModelError("dtype float16 does not train on a CPU. Use auto, bfloat16 or float32.")
+    return Setup(device, precision, base, tokenizer, chat, prepare_data(config, chat))
+
+
+def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
+    """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
+    examples, report = rows.load_examples(config.data or [shipped_path("sample.jsonl")])
+    if config.heldout_data:
+        candidates, more = rows.load_examples(config.heldout_data)
+        report.rows_in += more.rows_in
+        report.shapes += more.shapes
+        report.tasks += more.tasks
+        report.problems += more.problems
+        train_examples = examples
+        heldout_examples, leaks = rows.drop_seen(examples, candidates)
+        report.problems += leaks
+    else:
+        train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
+    train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
+    heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
+    report.problems += train_problems + heldout_problems
+    if not train:
+        reasons = [str(problem) for problem in report.problems]
+        raise DataError(join_problems("No row is left to train on.", reasons))
+    whole = {sequence.source for sequence in heldout}
+    kept = [example for example in heldout_examples if example.source in whole]
+    return PreparedData(train, heldout, kept, report)
+
+
+def train(
+    config: TrainConfig,
+    run: Run,
+    setup: Setup,
+    *,
+    resume: bool = False,
+    on_metrics: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> TrainResult:
+    """Train an adapter and leave it in the run's folder.
+
+    `on_metrics` is called after every optimizer step and evaluation with what metrics.jsonl gets: step,
+    total_steps, loss or eval_loss, learning_rate, grad_norm, tokens_per_s, memory_bytes, elapsed_s, left_s.
+    SIGINT and SIGTERM save a checkpoint and end training; a second one ends it at once. Raises RunError when the
+    loss is no longer finite, or when there is nothing sound to resume from.
+    """
+    checkpoint = _find_checkpoint(config, run, resume)
+    quantization = quantization_of(config)
+    run.update_state(
+        status="running",
+        pid=os.getpid(),
+        started=time.time(),
+        device=setup.device.name,
+        precision=setup.precision,
+        base_model=setup.base.name,
+        base_fingerprint=setup.base.fingerprint,
+        data_fingerprint=runs.fingerprint_files(_data_files(config)),
+        total_steps=setup.total_steps(config),
+    )
+    runs.write_json(run.path / "data.json", setup.data.summary())
+    run.write_problems(setup.data.report.problems)
+    try:
+        model = models.load_base(setup.base, setup.device, setup.precision, quantization)
+        model = _attach(model, config)
+        status = _fit(model, config, run, setup, checkpoint, on_metrics)
+        if status == "finished":
+            _save_adapter(model, run, setup, quantization)
+    except BaseException as error:
+        run.update_state(status="failed", reason=str(error) or type(error).__name__)
+        raise
+    run.update_state(status=status)
+    return TrainResult(model, setup, status)
+
+
+def quantization_of(config: TrainConfig) -> Quantization:
+    """How the settings say the base is held."""
+    return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+
+
+def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
+    """Translate our settings to TRL's: the only place that knows both."""
+    from trl import SFTConfig
+
+    steps = setup.total_steps(config)
+    every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
+    has_heldout = bool(setup.data.heldout)
+    on_cuda = setup.device.kind == "cuda"
+    optim = ("paged_adamw_8bit" if on_cuda else "adamw_torch") if config.optim == "auto" else config.optim
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        max_length=None,  # rows are already whole and short enough; the default would cut them again
+        packing=False,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        # The held-out loss holds logits of the whole batch, as training does: no larger batch fits.
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # a value below 1 is a share
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=optim,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        gradient_checkpointing=config.activation_checkpointing == "on"
+        or (config.activation_checkpointing == "auto" and on_cuda),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=setup.precision == "bfloat16",
+        fp16=setup.precision == "float16",
+        use_cpu=not on_cuda,
+        seed=config.seed,
+        eval_strategy="steps" if has_heldout else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=config.load_best_model_at_end and has_heldout,
+        metric_for_best_model="eval_loss" if has_heldout else None,
+        greater_is_better=False if has_heldout else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show a loss that is not a number as 0.0
+        dataloader_pin_memory=on_cuda,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _fit(
+    model: Any,
+    config: TrainConfig,
+    run: Run,
+    setup: Setup,
+    checkpoint: Path | None,
+    on_metrics: Callable[[dict[str, Any]], None],
+) -> str:
+    """Run SFTTrainer to its end or to a stop signal. Returns finished or stopped."""
+    trainer = _build_trainer(model, config, run, setup)
+    models.keep_adapter_in_fp32(model)
+    with _stop_on_signal() as stop:
+        trainer.add_callback(_recorder(run, setup, on_metrics, stop))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _refuse_non_finite(model)
+    state = trainer.state
+    run.update_state(steps=state.global_step, best_eval_loss=state.best_metric)
+    return "stopped" if stop.asked and state.global_step < state.max_steps else "finished"
+
+
+def _build_trainer(model: Any, config: TrainConfig, run: Run, setup: Setup) -> Any:
+    import torch
+    from transformers import EarlyStoppingCallback, PrinterCallback
+    from trl import SFTTrainer
+
+    class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
+
+        def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+            self.model.eval()
+            total = torch.zeros((), dtype=torch.float64)
+            tokens = 0
+            for batch in self.get_eval_dataloader():
+                learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    total += self.compute_loss(self.model, self._prepare_inputs(batch)).double().cpu() * learned
+                tokens += learned
+            metrics = {f"{metric_key_prefix}_loss": float(total / max(tokens, 1))}
+            self.log(metrics)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    args = to_sft_config(config, run, setup)
+    callbacks = []
+    if config.early_stopping_patience and setup.data.heldout:
+        args = replace(args, load_best_model_at_end=True)
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    trainer = MaskedTrainer(
+        model=model,
+        args=args,
+        train_dataset=_to_dataset(setup.data.train),
+        eval_dataset=_to_dataset(setup.data.heldout) if setup.data.heldout else None,
+        processing_class=setup.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [sequence.input_ids for sequence in sequences],
+            "labels": [sequence.labels for sequence in sequences],
+        }
+    )
+
+
+class _Stop:
+    asked = False
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Turn SIGINT and SIGTERM into a wish to stop after the step; the second one raises KeyboardInterrupt."""
+    stop = _Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    try:
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it decides about signals
+        old = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _recorder(run: Run, setup: Setup, on_metrics: Callable[[dict[str, Any]], None], stop: _Stop) -> Any:
+    """A Trainer callback that records every step, seals checkpoints, watches the loss and heeds a stop."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begin, self.first_step = time.perf_counter(), state.global_step
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+            elif state.global_step >= state.max_steps and setup.data.heldout:
+                control.should_evaluate = True  # else the last weights could never be the best ones
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            entry = self._measure(state, logs)
+            if entry is None:
+                return
+            run.add_metrics(entry)
+            on_metrics(entry)
+            broken = [name for name in ("loss", "eval_loss") if not math.isfinite(entry.get(name, 0.0))]
+            if not args.fp16 and not math.isfinite(entry.get("grad_norm", 0.0)):
+                broken.append("gradient")
+            if broken:
+                raise RunError(
+                    f"The {broken[0]} is not a finite number at step {state.global_step}, so training was stopped "
+                    "before anything was saved from it. Lower --learning-rate, or use --dtype float32."
+                )
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            runs.seal_checkpoint(run.checkpoints / f"checkpoint-{state.global_step}")
+
+        def _measure(self, state: Any, logs: dict[str, float]) -> dict[str, Any] | None:
+            names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+            known = {name: float(logs[name]) for name in names if name in logs}
+            if "loss" not in known and "eval_loss" not in known:
+                return None
+            elapsed = time.perf_counter() - self.begin
+            done = state.global_step - self.first_step
+            if "num_tokens" in logs and "loss" in known:
+                known["tokens_per_s"] = logs["num_tokens"] / elapsed
+            return {
+                "step": state.global_step,
+                "total_steps": state.max_steps,
+                "epoch": round(state.epoch or 0.0, 4),
+                **known,
+                "memory_bytes": _memory_in_use(setup.device),
+                "elapsed_s": round(elapsed, 3),
+                "left_s": round(elapsed / max(done, 1) * (state.max_steps - state.global_step), 1),
+            }
+
+    return Recorder()
+
+
+def _memory_in_use(device: Device) -> int:
+    """Peak bytes allocated on a GPU; resident bytes of the process on a CPU."""
+    import psutil
+    import torch
+
+    if device.kind == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def _attach(model: Any, config: TrainConfig) -> Any:
+    return models.attach_adapter(
+        model,
+        lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        seed=config.seed,
+    )
+
+
+def _data_files(config: TrainConfig) -> list[str]:
+    return [*(config.data or [str(shipped_path("sample.jsonl"))]), *config.heldout_data]
+
+
+def _find_checkpoint(config: TrainConfig, run: Run, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
+    if not resume:
+        return None
+    seen = run.read_state().get("data_fingerprint")
+    if seen and seen != runs.fingerprint_files(_data_files(config)):
+        raise RunError(f"{run.path}: its data files have changed since it was started. Start a new run instead.")
+    runs.remove_unsealed(run)
+    checkpoint = runs.newest_checkpoint(run)
+    run.rewind_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    return checkpoint
+
+
+def _refuse_non_finite(model: Any) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise RunError(f"{name} holds values that are not finite numbers; no adapter was saved.")
+
+
+def _save_adapter(model: Any, run: Run, setup: Setup, quantization: Quantization) -> None:
+    """Leave the adapter, its tokenizer with chat template, and its base's fingerprint in the run's folder."""
+    model.save_pretrained(run.adapter, safe_serialization=True)
+    setup.tokenizer.save_pretrained(run.adapter)
+    models.write_adapter_record(run.adapter, setup.base, quantization, setup.precision)

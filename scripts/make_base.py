@@ -1,0 +1,111 @@
+"""Make the built-in base model with one command: corpus, tokenizer, pretraining, probe, model card.
+
+    python scripts/make_base.py --minutes 50            (a CPU)
+    python scripts/make_base.py --tokens 400000000      (a GPU, found by itself)
+
+Run the same command again after an interruption and it goes on from its last checkpoint.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from base_report import Measurements, format_card, measure_nf4, probe
+from base_tokenizer import train_tokenizer
+from base_training import Budget, Corpus, Pretrainer, build_model, measure_loss
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "qlora_tune" / "builtin", help="folder of the model"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=REPOSITORY / "build" / "base", help="checkpoint and corpus"
+    )
+    parser.add_argument("--tokens", type=int, help="train on this many tokens [tokens]")
+    parser.add_argument("--minutes", type=float, help="train for this long, over all resumed runs [minutes]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="windows of 256 tokens a step; a power of two"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=96, help="distinct corpus shards before they repeat [2**20 tokens]"
+    )
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    if args.tokens is None and args.minutes is None:
+        parser.error("say how long to train: --tokens or --minutes")
+    return args
+
+
+def load_or_train_tokenizer(work: Path, seed: int, resume: bool) -> PreTrainedTokenizerFast:
+    folder = work / "tokenizer"
+    if not (resume and (folder / "tokenizer.json").exists()):
+        train_tokenizer(seed).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write bf16 weights, configs and tokenizer; no chat template, as this is a base."""
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def publish(ready: Path, out: Path) -> None:
+    """Put finished files into place by one rename each, so that a reader never meets half a file."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(ready.iterdir()):
+        part = out / f"{path.name}.part"
+        shutil.copyfile(path, part)
+        part.replace(out / path.name)
+
+
+def report(folder: Path, trainer: Pretrainer, tokenizer: PreTrainedTokenizerFast, trained_on: str) -> str:
+    """Measure the written model and describe it."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(trainer.device).eval()
+    measured = Measurements(
+        loss=measure_loss(model, trainer.corpus, trainer.device),
+        nf4_loss=measure_nf4(folder, trainer.corpus, trainer.device),
+        skills=probe(model, tokenizer, trainer.corpus.seed),
+    )
+    return format_card(model.num_parameters(), trainer.progress, trainer.corpus, measured, trained_on)
+
+
+def main() -> None:
+    args = read_arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    trained_on = f"{args.threads} CPU thread(s)" if device == "cpu" else torch.cuda.get_device_name()
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_or_train_tokenizer(args.work, args.seed, args.resume)
+    corpus = Corpus(tokenizer, args.work, args.seed, args.shards, args.batch_size)
+    trainer = Pretrainer(build_model(tokenizer), corpus, Budget(args.tokens, args.minutes), device)
+    if args.resume and trainer.resume():
+        print(f"going on from step {trainer.progress.step}", flush=True)
+    trainer.run(torch.compile(trainer.model) if args.compile else trainer.model)
+    ready = args.work / "model"
+    write_model(trainer.model, tokenizer, ready)
+    card = report(ready, trainer, tokenizer, trained_on)
+    (ready / "README.md").write_text(card, encoding="utf-8")
+    publish(ready, args.out)
+    print(card)
+
+
+if __name__ == "__main__":
+    main()
