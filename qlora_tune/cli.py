@@ -220,6 +220,7 @@ def export(
         Literal["quantized", "original"],
         Parameter(help="Merge into the dequantized 4-bit base (what was trained), or the original one (close)."),
     ] = "quantized",
+    dtype: Annotated[Literal["bfloat16", "float32"], Parameter(help="Number format of the merged model.")] = "bfloat16",
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
 ) -> None:
     """Export a run's adapter as a zip, or the merged model; each is loaded again and compared."""
@@ -230,8 +231,8 @@ def export(
     trained = _open_trained(found, model_name_or_path)
     if merged:
         target = output or found.path / "merged"
-        divergence = merge_adapter(trained, target, into)
-        done = f"merged model: {target} (loaded again; mean KL from the adapter {divergence:.1e} nats)"
+        divergence = merge_adapter(trained, target, into, dtype)
+        done = f"merged model: {target} (loaded again; mean KL from what was trained {divergence:.1e} nats)"
     else:
         target = output or found.path / f"{found.name}.zip"
         export_adapter(trained, target)

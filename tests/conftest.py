@@ -1,0 +1,67 @@
+"""Shared pieces: the built-in base, a short finished run, the real data files where they are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tune.model import quiet_stack
+
+quiet_stack()
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real instruction data, which the project doesn't ship: its licences differ."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the real data files are not present ({SHARED_DATA.name}/ beside the checkout)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def builtin() -> tuple[Any, Any, Any]:
+    """The built-in base with its tokenizer and chat format."""
+    from qlora_tune.model import find_base, load_tokenizer
+
+    base = find_base("builtin")
+    return base, *load_tokenizer(base)
+
+
+def settings(**changes: Any) -> Any:
+    """Settings of the builtin preset with some changes."""
+    from qlora_tune.config import resolve_config
+
+    return resolve_config({"preset": "builtin", **changes}).config
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One short run on sample.jsonl, trained and scored: (run, config, result)."""
+    from qlora_tune import evaluate
+    from qlora_tune.runs import new_run
+    from qlora_tune.train import prepare, train
+
+    runs_dir = tmp_path_factory.mktemp("runs")
+    config = settings(runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50")
+    setup = prepare(config)
+    run = new_run(config)
+    result = train(config, run, setup)
+    comparison = evaluate.compare(
+        result.model,
+        setup.chat,
+        setup.data.heldout_examples,
+        score_rows=50,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=25,
+        seed=config.seed,
+    )
+    evaluate.write_comparison(run, comparison)
+    return run, config, result

@@ -1,0 +1,67 @@
+"""Answers: batched, streamed and one at a time are the same, and all end at the end of turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_tune.data import Message
+from qlora_tune.generate import generate_answers, stop_ids, stream_reply
+
+
+@pytest.fixture(scope="module")
+def exact(finished: Any) -> tuple[Any, Any]:
+    """The short run's model computed in float32, where batching changes nothing that greedy decoding could see."""
+    from qlora_tune.export import open_trained
+    from qlora_tune.model import load_adapter, load_base
+
+    trained = open_trained(finished[0])
+    model = load_base(trained.base, trained.device, "float32", trained.quantization)
+    return load_adapter(model, trained.run.adapter, trained.base), trained.chat
+
+
+def prompts(finished: Any, count: int) -> list[list[Message]]:
+    return [list(example.messages[:-1]) for example in finished[2].setup.data.heldout_examples[:count]]
+
+
+def test_batched_answers_equal_those_given_one_at_a_time(exact: Any, finished: Any) -> None:
+    model, chat = exact
+    asked = prompts(finished, 12)
+    batched = generate_answers(model, chat, asked, max_new_tokens=24, batch_size=5)
+    alone = [generate_answers(model, chat, [p], max_new_tokens=24, batch_size=1)[0] for p in asked]
+    assert batched == alone
+    assert len(set(batched)) > 3
+
+
+def test_a_streamed_answer_equals_the_whole_one_and_arrives_in_pieces(exact: Any, finished: Any) -> None:
+    model, chat = exact
+    (asked,) = prompts(finished, 1)
+    pieces = list(stream_reply(model, chat, asked, max_new_tokens=24))
+    assert "".join(pieces).strip() == generate_answers(model, chat, [asked], max_new_tokens=24, batch_size=1)[0]
+    assert len(pieces) > 1
+
+
+def test_closing_the_stream_stops_the_model(exact: Any, finished: Any) -> None:
+    model, chat = exact
+    calls = []
+    handle = model.get_base_model().model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        stream = stream_reply(model, chat, prompts(finished, 1)[0], max_new_tokens=400, temperature=5.0)
+        next(stream)
+        stream.close()
+    finally:
+        handle.remove()
+    assert len(calls) < 100
+
+
+def test_sampling_differs_from_greedy_and_answers_end_at_the_end_of_turn(exact: Any, finished: Any) -> None:
+    import torch
+
+    model, chat = exact
+    (asked,) = prompts(finished, 1)
+    torch.manual_seed(0)
+    sampled = {"".join(stream_reply(model, chat, asked, max_new_tokens=12, temperature=3.0)) for _ in range(3)}
+    assert len(sampled) > 1
+    assert stop_ids(chat) == [chat.end_of_turn_id, chat.tokenizer.eos_token_id]
+    assert not any("<|im_end|>" in text for text in sampled)
