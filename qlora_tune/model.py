@@ -161,7 +161,12 @@ def fingerprint_weights(files: Sequence[Path]) -> str:
 def load_tokenizer(base: BaseModel) -> tuple[Any, ChatFormat]:
     """Load a base's tokenizer, give it a chat template and a padding token where it has none, and probe it."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    # It writes to the terminal past the root logger unless told not to.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except Exception as error:
@@ -179,9 +184,7 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
     """Load a base model for training or answering, its linear layers in 4 bits unless that is switched off."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     dtype = getattr(torch, precision)
     config = BitsAndBytesConfig(
         load_in_4bit=True,

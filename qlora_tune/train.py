@@ -227,6 +227,8 @@ def _fit(
     with _stop_on_signal() as stop:
         trainer.add_callback(_recorder(run, setup, on_metrics, stop))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # Off with training's autocast: scores must come from the computation that chat and exports will do.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     _refuse_non_finite(model)
     state = trainer.state
     run.update_state(steps=state.global_step, best_eval_loss=state.best_metric)

@@ -1,0 +1,456 @@
+"""Check and measure the package on a CUDA machine; scripts/gpu_check.sh prepares the environment and calls this.
+
+Steps, each a process of its own with its own time limit: the gpu tests, the default command, and training steps of
+two real model shapes with random weights (built in memory: no download, no disk). What became of each step goes to
+one JSON as soon as it is known. Exit code: 0 all steps passed, 1 some failed, 2 no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "pyarrow", "triton")
+WARMUP_STEPS, TIMED_STEPS = 2, 10
+EFFECTIVE_ROWS = 16  # per optimizer step, as in all GPU presets
+MIN_LENGTH, MAX_LENGTH = 64, 1024  # of the rows [tokens]
+LEARNED_SHARE = 0.4  # of each row, at its end, as answers have it in instruction data
+TAIL_LINES = 40
+FIGURES = "FIGURES "  # opens the line with which a measuring process hands over what it found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's real dimensions, and the preset that is meant for it."""
+
+    preset: str
+    dimensions: dict[str, Any]
+
+
+QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+SHAPES = {
+    "qwen3-1.7b": Shape(
+        "gpu-6gb",
+        {
+            **QWEN3,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-8b": Shape(
+        "gpu-16gb",
+        {
+            **QWEN3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "tiny": Shape(
+        "builtin",
+        {
+            "vocab_size": 4096,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One check: its command, its time limit [s], and how its figures are read once it ended well.
+
+    `read_figures` gets the process's output and may raise ValueError when that shows a failure after all.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: int
+    read_figures: Callable[[str], dict[str, Any]]
+
+
+def main() -> int:
+    """Run all steps, or with --measure a single measurement. Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Check and measure the package on a CUDA machine.")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--cpu-dry-run", action="store_true", help="same paths on the CPU, on tiny shapes")
+    parser.add_argument("--measure", nargs=2, metavar=("SHAPE", "ROWS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        name, rows = options.measure
+        print(FIGURES + json.dumps(measure_training(SHAPES[name], int(rows), options.cpu_dry_run)))
+        return 0
+    environment = describe_environment()
+    if environment["gpu"] is None and not options.cpu_dry_run:
+        print("No CUDA device is visible here, so there is nothing to check. --cpu-dry-run tries the script itself.")
+        return 2
+    target = options.json or default_target(environment["gpu"], options.cpu_dry_run)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in plan_steps(Path(scratch), options.cpu_dry_run):
+            print(f"… {step.name}", flush=True)
+            results.append(run_step(step, Path(scratch)))
+            report = {"environment": environment, "dry_run": options.cpu_dry_run, "steps": results}
+            target.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_table(environment, results)
+    print(f"results: {target}")
+    return 0 if all(result["status"] == "ok" for result in results) else 1
+
+
+def default_target(gpu: str | None, dry_run: bool) -> Path:
+    """Where the results go unasked: $OUT where it is set, else benchmarks/gpu; a dry run leaves no trace in git."""
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"]) / "gpu_check.json"
+    if dry_run or gpu is None:
+        return ROOT / "build" / "gpu_check.json"
+    label = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return ROOT / "benchmarks" / "gpu" / f"{time.strftime('%Y-%m-%d')}-{label}.json"
+
+
+def plan_steps(scratch: Path, dry_run: bool) -> list[Step]:
+    """The steps in order; their limits add up to less than nine minutes."""
+    python, runs = sys.executable, scratch / "runs"
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rs", str(ROOT / "tests")]
+    default = [python, "-m", "qlora_tune", "--runs-dir", str(runs)]
+    if dry_run:
+        default = [python, "-m", "qlora_tune", "train", "--preset", "builtin", "--max-steps", "3"]
+        default += ["--score-rows", "4", "--runs-dir", str(runs)]
+    measured = [("tiny", 1, 60), ("tiny", 4, 60)]
+    if not dry_run:
+        measured = [("qwen3-1.7b", 1, 45), ("qwen3-1.7b", 4, 45), ("qwen3-8b", 1, 75), ("qwen3-8b", 4, 75)]
+    me = [python, str(Path(__file__).resolve()), *(["--cpu-dry-run"] if dry_run else [])]
+    return [
+        Step("gpu tests", tests, 150, lambda output: read_test_figures(output, dry_run)),
+        Step("default command", default, 140, lambda _: read_run_figures(runs, dry_run)),
+        *(
+            Step(
+                f"{shape}, {rows} x {EFFECTIVE_ROWS // rows} rows",
+                [*me, "--measure", shape, str(rows)],
+                limit,
+                read_own_figures,
+            )
+            for shape, rows, limit in measured
+        ),
+    ]
+
+
+def run_step(step: Step, scratch: Path) -> dict[str, Any]:
+    """Run one step to its end or its limit. Never raises: what went wrong is the result."""
+    log = scratch / "log.txt"
+    begin = time.perf_counter()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            step.command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(step.limit_s)
+            status = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code, status = process.wait(), "timed out"
+    seconds = time.perf_counter() - begin
+    text = log.read_text(encoding="utf-8", errors="replace")
+    figures: dict[str, Any] = {}
+    if status == "ok":
+        try:
+            figures = step.read_figures(text)
+        except (ValueError, LookupError, OSError) as error:
+            status, text = "failed", f"{text}\n{type(error).__name__}: {error}"
+    result = {"name": step.name, "status": status, "seconds": round(seconds, 1), "figures": figures}
+    return result if status == "ok" else {**result, "exit_code": code, "output": text.splitlines()[-TAIL_LINES:]}
+
+
+def read_test_figures(output: str, dry_run: bool) -> dict[str, Any]:
+    """The counts in pytest's last line; on a GPU a skipped test is a failure, because something hid the GPU."""
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    if not dry_run and (counts.get("skipped") or not counts.get("passed")):
+        raise ValueError(f"tests were skipped on a machine with a GPU: {counts}")
+    return counts
+
+
+def read_run_figures(runs: Path, dry_run: bool) -> dict[str, Any]:
+    """What the newest run's folder says about the default command."""
+    folder = max(runs.iterdir(), key=lambda path: path.stat().st_mtime)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = ("device", "precision", "steps", "best_eval_loss", "score_base", "score_tuned")
+    figures = {name: state[name] for name in names}
+    if not dry_run and figures["device"].startswith("CPU"):
+        raise ValueError(f"the default command trained on {figures['device']}")
+    figures["training_s"] = metrics[-1]["elapsed_s"]
+    figures["tokens_per_s"] = round([entry["tokens_per_s"] for entry in metrics if "tokens_per_s" in entry][-1])
+    figures["peak_allocated_bytes"] = max(entry["memory_bytes"] for entry in metrics)
+    return figures
+
+
+def read_own_figures(output: str) -> dict[str, Any]:
+    """What a measuring process handed over."""
+    line = next(line for line in reversed(output.splitlines()) if line.startswith(FIGURES))
+    figures: dict[str, Any] = json.loads(line.removeprefix(FIGURES))
+    return figures
+
+
+def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict[str, Any]:
+    """Train an adapter on random 4-bit weights of a real shape through the package's own train(), and time it.
+
+    Only the loading of the base is replaced. Tokens are counted where they enter the embedding, without padding,
+    so that the figure stays comparable whatever the batches look like.
+    """
+    from qlora_tune import model as models
+
+    models.quiet_stack()
+    import torch
+
+    from qlora_tune import train as training
+    from qlora_tune.config import resolve_config
+    from qlora_tune.runs import new_run
+
+    device = models.detect_device()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = resolve_config(
+            {
+                "preset": shape.preset,
+                "max_steps": WARMUP_STEPS + TIMED_STEPS,
+                "per_device_train_batch_size": micro_batch_rows,
+                "gradient_accumulation_steps": EFFECTIVE_ROWS // micro_batch_rows,
+                "activation_checkpointing": "on",
+                "load_best_model_at_end": False,
+                "eval_steps": WARMUP_STEPS + TIMED_STEPS,  # also when checkpoints are written: after the timed steps
+                "runs_dir": scratch,
+            }
+        ).config
+        setup = make_setup(shape, device, dry_run)
+        begin = time.perf_counter()
+        model = build_random_base(shape, device.kind, getattr(torch, setup.precision))
+        tokens = count_tokens(model, setup.tokenizer.pad_token_id)
+        if device.kind == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        build_s = time.perf_counter() - begin
+        marks: list[tuple[float, int, int, float]] = []  # after each step: time, tokens, positions, loss
+
+        def mark(entry: dict[str, Any]) -> None:
+            if "loss" in entry:
+                real, all_positions = tokens.tolist()
+                marks.append((time.perf_counter(), real, all_positions, entry["loss"]))
+
+        with patch.object(models, "load_base", lambda *_, **__: model):
+            result = training.train(config, new_run(config), setup, on_metrics=mark)
+    return {**summarise(marks), **describe_model(model, result.model, device.kind), "build_s": round(build_s, 1)}
+
+
+def make_setup(shape: Shape, device: Any, dry_run: bool) -> Any:
+    """Seeded rows of mixed lengths in place of a data file; the tokenizer is the built-in one."""
+    from qlora_tune import model as models
+    from qlora_tune.chat_format import IGNORED, TokenizedExample
+    from qlora_tune.data import DataReport
+    from qlora_tune.train import PreparedData, Setup
+
+    base = models.find_base("builtin")
+    tokenizer, chat = models.load_tokenizer(base)
+    chance = random.Random(0)
+    longest = MAX_LENGTH // 16 if dry_run else MAX_LENGTH
+    shortest = MIN_LENGTH // 16 if dry_run else MIN_LENGTH
+    rows = []
+    for number in range(EFFECTIVE_ROWS * (WARMUP_STEPS + TIMED_STEPS)):
+        # Log-uniform, as real instruction data is skewed; one row has full length, because it sets the peak memory.
+        length = round(math.exp(chance.uniform(math.log(shortest), math.log(longest)))) if number else longest
+        ids = [chance.randrange(16, shape.dimensions["vocab_size"]) for _ in range(length)]
+        prompt = round(length * (1 - LEARNED_SHARE))
+        rows.append(TokenizedExample(ids, [IGNORED] * prompt + ids[prompt:]))
+    return Setup(device, device.precision, base, tokenizer, chat, PreparedData(rows, [], [], DataReport()))
+
+
+def build_random_base(shape: Shape, device: str, dtype: Any) -> Any:
+    """A randomly initialised model whose linear layers are then quantized one by one, as loading would leave them.
+
+    It is built in 16 bits first: the 8B shape takes 16 GB for a moment.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape.dimensions), dtype=dtype)
+    paths = [path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear) and path != "lm_head"]
+    for path in paths:
+        linear = model.get_submodule(path)
+        quantized = Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=quantized)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, quantized.to(device))
+    model.is_loaded_in_4bit = True  # what from_pretrained sets, and PEFT and TRL go by
+    model.config.use_cache = False
+    return model
+
+
+def count_tokens(model: Any, pad_id: int) -> Any:
+    """Count what enters the embedding from now on: a tensor of real tokens and of all positions."""
+    import torch
+
+    counts = torch.zeros(2, dtype=torch.int64, device=model.device)
+
+    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+        ids = inputs[0]
+        counts[0] += (ids != pad_id).sum()
+        counts[1] += ids.numel()
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+    return counts
+
+
+def summarise(marks: list[tuple[float, int, int, float]]) -> dict[str, Any]:
+    """Speed over the timed steps. Raises ValueError when steps are missing or a loss is not finite."""
+    if len(marks) != WARMUP_STEPS + TIMED_STEPS or not all(math.isfinite(loss) for *_, loss in marks):
+        raise ValueError(f"expected {WARMUP_STEPS + TIMED_STEPS} steps of finite loss, got {marks}")
+    times, real, positions, losses = zip(*marks[WARMUP_STEPS - 1 :], strict=True)
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    tokens = real[-1] - real[0]
+    return {
+        "tokens_per_s": round(tokens / (times[-1] - times[0])),
+        "step_s_median": round(statistics.median(steps), 4),
+        "step_s_all": [round(step, 4) for step in steps],
+        "tokens_timed": tokens,
+        "padding_share": round(1 - tokens / (positions[-1] - positions[0]), 4),
+        "loss_first": round(marks[0][-1], 4),
+        "loss_last": round(losses[-1], 4),
+    }
+
+
+def describe_model(base: Any, tuned: Any, device: str) -> dict[str, Any]:
+    """Peak memory and sizes. Raises ValueError when the adapter is not in float32 or the base not in 4 bits."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    if {parameter.dtype for parameter in trained} != {torch.float32}:
+        raise ValueError(f"the adapter is in { ({parameter.dtype for parameter in trained}) }, expected float32")
+    quantized = [part for part in base.modules() if isinstance(part, Linear4bit)]
+    if not quantized or any(part.weight.dtype != torch.uint8 for part in quantized):
+        raise ValueError("the base's linear layers are not held in 4 bits")
+    on_cuda = device == "cuda"
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_cuda else None,
+        "quantized_parameters": sum(part.in_features * part.out_features for part in quantized),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "adapter_dtype": "float32",
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, GPU and driver, and the requirements that the machine doesn't meet."""
+    import torch
+
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": sys.version.split()[0],
+        **{name: find_version(name) for name in VERSIONS},
+        "cuda": torch.version.cuda,
+        "driver": read_driver(),
+        "gpu": gpu.name if gpu else None,
+        "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "compute_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+        "unmet_requirements": find_unmet(),
+    }
+
+
+def find_version(name: str) -> str | None:
+    """A package's version, or None when it isn't there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read_driver() -> str | None:
+    """The NVIDIA driver's version, or None when it can't be asked."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.splitlines()[0].strip() if answer.stdout else None
+
+
+def find_unmet() -> list[str]:
+    """Requirements of the project, and of all that it needs in turn, which this machine doesn't meet."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    waiting = [("qlora-tune", line) for line in project["dependencies"]]
+    unmet, seen = [], set()
+    while waiting:
+        owner, line = waiting.pop()
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = find_version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            unmet.append(f"{owner} needs {line}, found {found or 'none'}")
+        elif requirement.name not in seen:
+            seen.add(requirement.name)
+            waiting += [(requirement.name, each) for each in requires(requirement.name) or []]
+    return sorted(unmet)
+
+
+def print_table(environment: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Print each step's fate and main figures, and the end of the output of those that failed."""
+    print(f"\n{environment['gpu'] or 'CPU (dry run)'}, torch {environment['torch']}, driver {environment['driver']}")
+    for problem in environment["unmet_requirements"]:
+        print(f"unmet: {problem}")
+    print(f"{'step':28} {'result':10} {'seconds':>8} {'tokens/s':>9} {'peak GB':>8}  more")
+    for result in results:
+        figures = result["figures"]
+        memory = figures.get("peak_allocated_bytes")
+        more = [
+            f"{name} {figures[name]}" for name in ("passed", "skipped", "score_base", "score_tuned") if name in figures
+        ]
+        print(
+            f"{result['name']:28} {result['status']:10} {result['seconds']:8.1f} {figures.get('tokens_per_s', ''):>9} "
+            f"{f'{memory / 1e9:.2f}' if memory else '':>8}  {', '.join(more)}"
+        )
+    for result in results:
+        if result["status"] != "ok":
+            print(f"\n--- {result['name']}: {result['status']}", *result["output"], sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
