@@ -29,7 +29,7 @@ from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console
 
 if TYPE_CHECKING:
-    from qlora_tune.train import Setup
+    from qlora_tune.prepare import Setup
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
 
@@ -129,7 +129,7 @@ def preview(
     settings: AnySettings = None,
 ) -> None:
     """Show rows of FILES as the tokens that will be trained on, the learned ones on green."""
-    from qlora_tune.train import prepare
+    from qlora_tune.prepare import prepare
 
     setup = prepare(_resolve(files, config, settings).config)
     for sequence in setup.data.train[:rows]:
@@ -166,7 +166,7 @@ def runs(*, runs_dir: RunsDir = "runs") -> None:
 @app.command
 def evaluate(run: Path | None = None, *, runs_dir: RunsDir = "runs") -> None:
     """Score a finished run again: base and tuned model answer the held-out rows."""
-    from qlora_tune.train import prepare
+    from qlora_tune.prepare import prepare
 
     found = _find_run(run, runs_dir)
     quiet_stack(found.log_file)
@@ -315,7 +315,7 @@ def _open_trained(run: Run, model_name_or_path: str | None = None) -> Any:
 
 def _train(resolved: ResolvedConfig) -> Run | None:
     """Make a run, train, score. Returns the run, or raises _Stopped when a signal ended it."""
-    from qlora_tune.train import prepare
+    from qlora_tune.prepare import prepare
 
     setup = prepare(resolved.config)
     run = new_run(resolved.config)
@@ -325,7 +325,7 @@ def _train(resolved: ResolvedConfig) -> Run | None:
 
 
 def _resume(path: Path) -> None:
-    from qlora_tune.train import prepare
+    from qlora_tune.prepare import prepare
 
     run = open_run(path)
     quiet_stack(run.log_file)

@@ -74,6 +74,7 @@ def quiet_stack(log_file: Path | None = None) -> None:
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
+        old.close()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits
@@ -66,7 +66,14 @@ def show_tokens(tokenizer: Any, ids: list[int], labels: list[int]) -> Text:
 
 def show_presets(presets: Iterable[Preset]) -> None:
     """The presets with the device and memory they are meant for, and their base."""
-    table = Table("preset", "device", "from", "base model", "what it is", box=None)
+    table = Table(
+        Column("preset", no_wrap=True),
+        "device",
+        Column("from", no_wrap=True),
+        Column("base model", overflow="fold"),
+        "what it is",
+        box=None,
+    )
     for preset in presets:
         base = str(preset.settings.get("model_name_or_path", "builtin"))
         row = (preset.name, preset.device, f"{preset.min_memory_gb:g} GB", base, preset.description)
@@ -76,7 +83,7 @@ def show_presets(presets: Iterable[Preset]) -> None:
 
 def show_config(resolved: ResolvedConfig) -> None:
     """Every setting with its value, where the value came from, and what it is."""
-    table = Table("setting", "value", "from", "meaning", box=None)
+    table = Table(Column("setting", no_wrap=True), Column("value", overflow="fold"), "from", "meaning", box=None)
     for name, field in TrainConfig.model_fields.items():
         extra = field.json_schema_extra
         unit = extra.get("unit") if isinstance(extra, dict) else ""
@@ -94,7 +101,8 @@ def show_config(resolved: ResolvedConfig) -> None:
 
 def show_runs(runs: Iterable[Run]) -> None:
     """All runs with state, base, preset, steps, losses and score."""
-    table = Table("run", "state", "preset", "base model", "steps", "held-out loss", "score", "started", box=None)
+    heads = ("state", "preset", "base model", "steps", "held-out loss", "score", "started")
+    table = Table(Column("run", overflow="fold"), *heads, box=None)
     for run in runs:
         state = run.read_state()
         config = run.read_config()

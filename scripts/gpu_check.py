@@ -35,7 +35,7 @@ WARMUP_STEPS, TIMED_STEPS = 2, 10
 EFFECTIVE_ROWS = 16  # per optimizer step, as in all GPU presets
 MIN_LENGTH, MAX_LENGTH = 64, 1024  # of the rows [tokens]
 LEARNED_SHARE = 0.4  # of each row, at its end, as answers have it in instruction data
-TAIL_LINES = 40
+TAIL_LINES = 80
 FIGURES = "FIGURES "  # opens the line with which a measuring process hands over what it found
 
 
@@ -142,18 +142,19 @@ def default_target(gpu: str | None, dry_run: bool) -> Path:
 def plan_steps(scratch: Path, dry_run: bool) -> list[Step]:
     """The steps in order; their limits add up to less than nine minutes."""
     python, runs = sys.executable, scratch / "runs"
-    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rs", str(ROOT / "tests")]
+    me = [python, str(Path(__file__).resolve()), *(["--cpu-dry-run"] if dry_run else [])]
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
+    tests += [str(ROOT / "tests")]
     default = [python, "-m", "qlora_tune", "--runs-dir", str(runs)]
     if dry_run:
         default = [python, "-m", "qlora_tune", "train", "--preset", "builtin", "--max-steps", "3"]
         default += ["--score-rows", "4", "--runs-dir", str(runs)]
     measured = [("tiny", 1, 60), ("tiny", 4, 60)]
     if not dry_run:
-        measured = [("qwen3-1.7b", 1, 45), ("qwen3-1.7b", 4, 45), ("qwen3-8b", 1, 75), ("qwen3-8b", 4, 75)]
-    me = [python, str(Path(__file__).resolve()), *(["--cpu-dry-run"] if dry_run else [])]
+        measured = [("qwen3-1.7b", 1, 50), ("qwen3-1.7b", 4, 40), ("qwen3-8b", 1, 85), ("qwen3-8b", 4, 60)]
     return [
-        Step("gpu tests", tests, 150, lambda output: read_test_figures(output, dry_run)),
-        Step("default command", default, 140, lambda _: read_run_figures(runs, dry_run)),
+        Step("gpu tests", tests, 140, lambda output: read_test_figures(output, dry_run)),
+        Step("default command", default, 150, lambda _: read_run_figures(runs, dry_run)),
         *(
             Step(
                 f"{shape}, {rows} x {EFFECTIVE_ROWS // rows} rows",
@@ -171,15 +172,16 @@ def run_step(step: Step, scratch: Path) -> dict[str, Any]:
     log = scratch / "log.txt"
     begin = time.perf_counter()
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            step.command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        # A process group of its own, so that nothing it started outlives its limit and keeps the GPU.
+        process = subprocess.Popen(step.command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, process_group=0)
         try:
-            code = process.wait(step.limit_s)
-            status = "ok" if code == 0 else "failed"
+            status = "ok" if process.wait(step.limit_s) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, status = process.wait(), "timed out"
+            status = "timed out"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds = time.perf_counter() - begin
     text = log.read_text(encoding="utf-8", errors="replace")
     figures: dict[str, Any] = {}
@@ -189,7 +191,11 @@ def run_step(step: Step, scratch: Path) -> dict[str, Any]:
         except (ValueError, LookupError, OSError) as error:
             status, text = "failed", f"{text}\n{type(error).__name__}: {error}"
     result = {"name": step.name, "status": status, "seconds": round(seconds, 1), "figures": figures}
-    return result if status == "ok" else {**result, "exit_code": code, "output": text.splitlines()[-TAIL_LINES:]}
+    return (
+        result
+        if status == "ok"
+        else {**result, "exit_code": process.returncode, "output": text.splitlines()[-TAIL_LINES:]}
+    )
 
 
 def read_test_figures(output: str, dry_run: bool) -> dict[str, Any]:
@@ -217,8 +223,8 @@ def read_run_figures(runs: Path, dry_run: bool) -> dict[str, Any]:
 
 def read_own_figures(output: str) -> dict[str, Any]:
     """What a measuring process handed over."""
-    line = next(line for line in reversed(output.splitlines()) if line.startswith(FIGURES))
-    figures: dict[str, Any] = json.loads(line.removeprefix(FIGURES))
+    lines = [line for line in output.splitlines() if line.startswith(FIGURES)]
+    figures: dict[str, Any] = json.loads(lines[-1].removeprefix(FIGURES))
     return figures
 
 
@@ -277,7 +283,7 @@ def make_setup(shape: Shape, device: Any, dry_run: bool) -> Any:
     from qlora_tune import model as models
     from qlora_tune.chat_format import IGNORED, TokenizedExample
     from qlora_tune.data import DataReport
-    from qlora_tune.train import PreparedData, Setup
+    from qlora_tune.prepare import PreparedData, Setup
 
     base = models.find_base("builtin")
     tokenizer, chat = models.load_tokenizer(base)

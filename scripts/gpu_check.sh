@@ -9,7 +9,8 @@ target="$(mktemp -d)"
 trap 'rm -rf "$target"' EXIT
 
 if compgen -G "wheels/*.whl" >/dev/null; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$target" wheels/*.whl
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$target" wheels/*.whl ||
+        echo "the wheels could not be installed; going on with what is here" >&2
 fi
 export PYTHONPATH="$target:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

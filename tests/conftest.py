@@ -46,8 +46,9 @@ def settings(**changes: Any) -> Any:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One short run on sample.jsonl, trained and scored: (run, config, result)."""
     from qlora_tune import evaluate
+    from qlora_tune.prepare import prepare
     from qlora_tune.runs import new_run
-    from qlora_tune.train import prepare, train
+    from qlora_tune.train import train
 
     runs_dir = tmp_path_factory.mktemp("runs")
     config = settings(runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50")

@@ -20,6 +20,7 @@ from qlora_tune import train as training
 from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, RunError
 from qlora_tune.model import attach_adapter, load_base
+from qlora_tune.prepare import prepare, quantization_of
 from qlora_tune.runs import Run, new_run, newest_checkpoint
 
 
@@ -40,14 +41,14 @@ def short(tmp_path: Path, **changes: Any) -> Any:
 
 def fit(config: Any) -> tuple[Run, Any]:
     run = new_run(config)
-    return run, training.train(config, run, training.prepare(config))
+    return run, training.train(config, run, prepare(config))
 
 
 def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path) -> None:
     config = short(tmp_path, learning_rate="2e-5", warmup_ratio="0")
-    setup = training.prepare(config)
+    setup = prepare(config)
     fresh = attach_adapter(
-        load_base(setup.base, setup.device, setup.precision, training.quantization_of(config)),
+        load_base(setup.base, setup.device, setup.precision, quantization_of(config)),
         lora_r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
@@ -164,7 +165,7 @@ def test_early_stopping_ends_a_run_that_gets_worse(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path: Path) -> None:
     config = short(tmp_path, max_steps="8", eval_steps="8", heldout_share="0")
     run = new_run(config)
-    setup = training.prepare(config)
+    setup = prepare(config)
     attach = training._attach
 
     def poisoned(model: Any, config: Any) -> Any:
@@ -222,21 +223,21 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
     run, _ = fit(config)
     Path(config.data[0]).write_text('{"instruction": "new", "output": "rows"}\n' * 9)
     with pytest.raises(RunError, match="data files have changed"):
-        training.train(config, run, training.prepare(config), resume=True)
+        training.train(config, run, prepare(config), resume=True)
 
 
 def test_all_rows_too_long_is_an_error_with_reasons(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"instruction": "x " * 500, "output": "y"}) + "\n")
     with pytest.raises(DataError, match="tokens long, max_length is 512"):
-        training.prepare(settings(data=[str(path)]))
+        prepare(settings(data=[str(path)]))
 
 
 def test_held_out_files_replace_the_split_and_leaks_are_named(tmp_path: Path) -> None:
     train_rows, heldout_rows = tmp_path / "t.jsonl", tmp_path / "h.jsonl"
     rows_file(train_rows, 10)
     rows_file(heldout_rows, 14)
-    setup = training.prepare(settings(data=[str(train_rows)], heldout_data=[str(heldout_rows)]))
+    setup = prepare(settings(data=[str(train_rows)], heldout_data=[str(heldout_rows)]))
     assert len(setup.data.train) == 10
     assert [example.source for example in setup.data.heldout_examples] == [f"h.jsonl:{n}" for n in range(11, 15)]
     assert (setup.data.report.rows_in, setup.data.report.kept, setup.data.report.rejected) == (24, 14, 10)

@@ -1,0 +1,109 @@
+"""Everything decided before training: the device, the base, its tokenizer, and the rows as tokens.
+
+What this module returns is what the preview shows and what the trainer gets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tune import data as rows
+from qlora_tune import model as models
+from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
+from qlora_tune.config import TrainConfig, shipped_path
+from qlora_tune.data import DataReport, Example
+from qlora_tune.errors import DataError, ModelError, join_problems
+from qlora_tune.model import BaseModel, Device, Precision, Quantization
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What is trained on and what is scored on, with the report of what became of every row."""
+
+    train: list[TokenizedExample]
+    heldout: list[TokenizedExample]
+    heldout_examples: list[Example]
+    report: DataReport
+
+    def summary(self) -> dict[str, Any]:
+        """Totals for the run's record; tokens are counted on the training sequences."""
+        lengths = [len(sequence.input_ids) for sequence in self.train]
+        return {
+            "rows_in": self.report.rows_in,
+            "rows_kept": self.report.kept,
+            "rows_rejected": self.report.rejected,
+            "rows_changed": self.report.changed,
+            "rows_heldout": len(self.heldout_examples),
+            "shapes": dict(self.report.shapes),
+            "tasks": dict(self.report.tasks),
+            "train_sequences": len(self.train),
+            "train_tokens": sum(lengths),
+            "learned_tokens": sum(sequence.learned for sequence in self.train),
+            "longest_sequence": max(lengths),
+        }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything decided before training: where it runs, on which base, with which rows."""
+
+    device: Device
+    precision: Precision
+    base: BaseModel
+    tokenizer: Any
+    chat: ChatFormat
+    data: PreparedData
+
+    def total_steps(self, config: TrainConfig) -> int:
+        """Optimizer steps of the whole run, counted as Transformers' Trainer counts them."""
+        batches = math.ceil(len(self.data.train) / config.per_device_train_batch_size)
+        an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
+    device = models.detect_device()
+    base = models.find_base(config.model_name_or_path, config.model_revision)
+    tokenizer, chat = models.load_tokenizer(base)
+    precision = device.precision if config.dtype == "auto" else config.dtype
+    if precision == "float16" and device.kind == "cpu":
+        raise ModelError("dtype float16 does not train on a CPU. Use auto, bfloat16 or float32.")
+    return Setup(device, precision, base, tokenizer, chat, prepare_data(config, chat))
+
+
+def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
+    """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
+    examples, report = rows.load_examples(config.data or [shipped_path("sample.jsonl")])
+    if config.heldout_data:
+        candidates, more = rows.load_examples(config.heldout_data)
+        report.rows_in += more.rows_in
+        report.shapes += more.shapes
+        report.tasks += more.tasks
+        report.problems += more.problems
+        train_examples = examples
+        heldout_examples, leaks = rows.drop_seen(examples, candidates)
+        report.problems += leaks
+    else:
+        train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
+    train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
+    heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
+    report.problems += train_problems + heldout_problems
+    if not train:
+        reasons = [str(problem) for problem in report.problems]
+        raise DataError(join_problems("No row is left to train on.", reasons))
+    whole = {sequence.source for sequence in heldout}
+    kept = [example for example in heldout_examples if example.source in whole]
+    return PreparedData(train, heldout, kept, report)
+
+
+def quantization_of(config: TrainConfig) -> Quantization:
+    """How the settings say the base is held."""
+    return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+
+
+def data_files(config: TrainConfig) -> list[str]:
+    """The files that a run reads, training rows first; sample.jsonl where none is named."""
+    return [*(config.data or [str(shipped_path("sample.jsonl"))]), *config.heldout_data]

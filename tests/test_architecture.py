@@ -1,0 +1,78 @@
+"""The order of the modules, and where the heavy libraries may be imported."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "qlora_tune"
+ORDER = [
+    "errors",
+    "config",
+    "data",
+    "chat_format",
+    "model",
+    "prepare",
+    "runs",
+    "generate",
+    "train",
+    "evaluate",
+    "export",
+    "terminal",
+    "cli",
+    "__main__",
+]
+MODULES = sorted(PACKAGE.glob("*.py"))
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gradio", "safetensors"}
+
+
+def imported(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    return {name for node in nodes for name in imported(node)}
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {path.stem for path in MODULES} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_those_before_it(path: Path) -> None:
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("qlora_tune.") and name.count(".") == 1}
+    later = ORDER[ORDER.index(path.stem) :] if path.stem in ORDER else ORDER
+    assert not own & set(later)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
+    allowed = {"trl": {"train"}, "peft": {"model", "export"}, "bitsandbytes": set(), "gradio": set()}
+    for library, places in allowed.items():
+        if library in {name.split(".")[0] for name in imports(path)}:
+            assert path.stem in places, library
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_module_outgrows_400_lines_and_each_says_what_it_is_for(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_no_code_of_a_model_is_ever_run() -> None:
+    for path in MODULES:
+        assert "trust_remote_code=True" not in path.read_text()
