@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
@@ -58,17 +58,24 @@ class _Segment:
     learned: bool
 
 
-def ensure_chat_template(tokenizer: Any) -> str:
-    """Give a tokenizer without a chat template one, without resizing embeddings. Returns which: own, chatml, plain."""
-    if tokenizer.chat_template:
+def ensure_chat_template(tokenizer: Any, wanted: Literal["auto", "chatml", "plain"] = "auto") -> str:
+    """Give a tokenizer a chat template without resizing embeddings. Returns which: own, chatml or plain.
+
+    "auto" keeps the tokenizer's own, else takes ChatML where its tokens exist, else plain roles. Raises
+    TemplateError where the one that is wanted has no token to end a turn with.
+    """
+    if tokenizer.chat_template and wanted == "auto":
         return "own"
     vocabulary = tokenizer.get_added_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+    has_chatml = "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary
+    if wanted == "chatml" and not has_chatml:
+        raise TemplateError("chat_template chatml: the tokenizer has no <|im_start|> and <|im_end|>. Use plain.")
+    if has_chatml and wanted != "plain":
         tokenizer.chat_template = CHATML
         return "chatml"
     if not tokenizer.eos_token:
         raise TemplateError(
-            "The tokenizer has no chat template, no <|im_end|> and no end-of-text token, so no turn could end. "
+            "The tokenizer has no end-of-text token and no chat template of its own, so no turn could end. "
             "Choose a base model whose tokenizer has an eos_token."
         )
     tokenizer.chat_template = PLAIN_ROLES

@@ -29,6 +29,7 @@ from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console
 
 if TYPE_CHECKING:
+    from qlora_tune.export import Trained
     from qlora_tune.prepare import Setup
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
@@ -169,10 +170,8 @@ def evaluate(run: Path | None = None, *, runs_dir: RunsDir = "runs") -> None:
     from qlora_tune.prepare import prepare
 
     found = _find_run(run, runs_dir)
-    quiet_stack(found.log_file)
-    trained = _open_trained(found)
-    setup = prepare(trained.config)
-    _score(found, trained.config, trained.load(), setup)
+    config = found.read_config()
+    _score(found, config, _open_run(found, None).load(), prepare(config))
 
 
 @app.command
@@ -185,14 +184,16 @@ def chat(
     top_p: Annotated[float, Parameter(help="Sample from the likeliest tokens of this share.")] = 1.0,
     max_new_tokens: Annotated[int, Parameter(help="Longest answer [tokens].")] = 256,
 ) -> None:
-    """Chat with a run's model, tuned or base; the newest run without a name."""
+    """Chat with the model of a run or an adapter's folder, tuned or base; the newest run without a name."""
+    from qlora_tune.export import open_adapter
     from qlora_tune.generate import stream_reply
 
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ConfigError("Expected --temperature >= 0, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
-    found = _find_run(run, runs_dir)
-    quiet_stack(found.log_file)
-    trained = _open_trained(found, model_name_or_path)
+    if run is not None and (run / "adapter_config.json").is_file():
+        trained = open_adapter(run, model_name_or_path)
+    else:
+        trained = _open_run(_find_run(run, runs_dir), model_name_or_path)
     model = trained.load()
 
     def reply(messages: Any, tuned: bool) -> Any:
@@ -227,15 +228,14 @@ def export(
     from qlora_tune.export import export_adapter, merge_adapter
 
     found = _find_run(run, runs_dir)
-    quiet_stack(found.log_file)
-    trained = _open_trained(found, model_name_or_path)
+    trained = _open_run(found, model_name_or_path)
     if merged:
         target = output or found.path / "merged"
-        divergence = merge_adapter(trained, target, into, dtype)
+        divergence = merge_adapter(trained, found, target, into, dtype)
         done = f"merged model: {target} (loaded again; mean KL from what was trained {divergence:.1e} nats)"
     else:
         target = output or found.path / f"{found.name}.zip"
-        export_adapter(trained, target)
+        export_adapter(trained, found, target)
         size = target.stat().st_size / 1e6
         done = f"adapter: {target} ({size:.1f} MB; unpacked, loaded again, answers equal)"
     console.print(done, markup=False, soft_wrap=True)
@@ -300,17 +300,16 @@ def _pick_auto() -> tuple[str, str]:
 
 
 def _find_run(name: Path | None, runs_dir: str) -> Run:
-    from qlora_tune.export import require_adapter
-
     run = open_run(name, runs_dir) if name else latest_run(runs_dir)
-    require_adapter(run)
+    run.require_adapter()
+    quiet_stack(run.log_file)
     return run
 
 
-def _open_trained(run: Run, model_name_or_path: str | None = None) -> Any:
-    from qlora_tune.export import open_trained
+def _open_run(run: Run, model_name_or_path: str | None) -> Trained:
+    from qlora_tune.export import open_adapter
 
-    return open_trained(run, model_name_or_path)
+    return open_adapter(run.adapter, model_name_or_path or run.read_config().model_name_or_path)
 
 
 def _train(resolved: ResolvedConfig) -> Run | None:

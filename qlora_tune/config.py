@@ -53,6 +53,11 @@ class TrainConfig(BaseModel):
         "auto", "Model", "Compute precision; `auto` takes bfloat16 where the device really has it."
     )
 
+    chat_template: Literal["auto", "chatml", "plain"] = setting(
+        "auto",
+        "Data",
+        "`auto`: the tokenizer's own, else ChatML, else `plain` roles ended by the base's end-of-text token.",
+    )
     data: list[str] = setting([], "Data", "Files of instruction-response pairs (.jsonl or .json); may repeat.")
     heldout_data: list[str] = setting(
         [], "Data", "Files held out of training and used to score; replaces heldout_share."

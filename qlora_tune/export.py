@@ -15,9 +15,9 @@ from typing import Any, Literal
 from qlora_tune import __version__
 from qlora_tune import model as models
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.config import BUILTIN, TrainConfig
+from qlora_tune.config import BUILTIN
 from qlora_tune.data import Message
-from qlora_tune.errors import ExportError, RunError
+from qlora_tune.errors import ExportError
 from qlora_tune.generate import generate_answers, stop_ids
 from qlora_tune.model import BaseModel, Device, Precision, Quantization
 from qlora_tune.runs import Run, read_json
@@ -44,10 +44,9 @@ _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\bsk-[A-Za-z0-9_-]{20,}\b")
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's adapter with everything that is needed to load it again."""
+    """An adapter with everything that is needed to load it: a run's, or an unpacked export."""
 
-    run: Run
-    config: TrainConfig
+    adapter: Path
     base: BaseModel
     device: Device
     precision: Precision
@@ -56,27 +55,28 @@ class Trained:
     chat: ChatFormat
 
     def load(self, adapter: Path | None = None) -> Any:
-        """Load the base as it was in training, with this run's adapter or the one given."""
+        """Load the base as it was in training, with this adapter or another one of the same base."""
         model = models.load_base(self.base, self.device, self.precision, self.quantization)
-        return models.load_adapter(model, adapter or self.run.adapter, self.base)
+        return models.load_adapter(model, adapter or self.adapter, self.base)
 
 
-def open_trained(run: Run, model_name_or_path: str | None = None) -> Trained:
-    """Find what a run's adapter needs. Raises ModelError when the base is missing or is another one."""
-    record = models.read_adapter_record(run.adapter)
-    config = run.read_config()
-    base = models.find_base(model_name_or_path or config.model_name_or_path, config.model_revision)
-    if base.fingerprint != record["base_fingerprint"]:
-        models.refuse_other_base(run.adapter, record, base)
-    device = models.detect_device()
+def open_adapter(adapter: Path, base: str | None = None) -> Trained:
+    """Find what an adapter's folder needs; `base` says where its base model is now, if it moved.
+
+    Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
+    """
+    record = models.read_adapter_record(adapter)
+    found = models.find_base(base or record["base_model"], None if base else record["base_revision"])
+    if found.fingerprint != record["base_fingerprint"]:
+        models.refuse_other_base(adapter, record, found)
     quantization = Quantization(
         record["load_in_4bit"], record["bnb_4bit_quant_type"], record["bnb_4bit_use_double_quant"]
     )
-    tokenizer, chat = models.load_tokenizer(base)
-    return Trained(run, config, base, device, record["precision"], quantization, tokenizer, chat)
+    tokenizer, chat = models.load_tokenizer(adapter)
+    return Trained(adapter, found, models.detect_device(), record["precision"], quantization, tokenizer, chat)
 
 
-def export_adapter(trained: Trained, target: Path) -> Path:
+def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
     """Write the adapter as a zip: weights, tokenizer, chat template, generation config, model card.
 
     Unpacked again and loaded on the base, it must give the answers that the run's own adapter gives, to the
@@ -86,20 +86,21 @@ def export_adapter(trained: Trained, target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / target.stem
         folder.mkdir()
-        _write_adapter_files(trained, folder)
+        _write_adapter_files(trained, run, folder)
         _refuse_private(folder, trained)
         packed = Path(scratch) / target.name
         _write_zip(folder, packed)
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(packed) as archive:
             archive.extractall(unpacked)
-        _compare_answers(trained, unpacked / target.stem)
+        _compare_answers(trained, unpacked / target.stem, held_out_prompts(run))
         packed.replace(target)
     return target
 
 
 def merge_adapter(
     trained: Trained,
+    run: Run,
     target: Path,
     into: Literal["quantized", "original"] = "quantized",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -115,6 +116,7 @@ def merge_adapter(
 
     if target.exists():
         raise ExportError(f"{target} exists. Choose another --output, or delete it.")
+    prompts = held_out_prompts(run)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
     merged = _merge(source, dtype)
@@ -127,19 +129,19 @@ def merge_adapter(
         merged.generation_config = GenerationConfig()
         merged.save_pretrained(scratch, safe_serialization=True)
         _write_generation_config(trained, scratch)
-        _copy(trained.run.adapter, scratch, TOKENIZER_FILES)
-        (scratch / "README.md").write_text(write_model_card(trained, merged_into=into), encoding="utf-8")
+        _copy(trained.adapter, scratch, TOKENIZER_FILES)
+        (scratch / "README.md").write_text(write_model_card(trained, run, merged_into=into), encoding="utf-8")
         _clean_config(scratch / "config.json")
         _refuse_private(scratch, trained)
         del merged
-        divergence = _compare_distributions(source, scratch)
+        divergence = _compare_distributions(source, scratch, prompts)
         if not divergence <= KL_LIMIT:
             raise ExportError(
                 f"The merged model's answers differ from the adapter's: mean KL {divergence:.1e} nats, at most "
                 f"{KL_LIMIT:.0e} is expected. It was not kept."
             )
         if source is not trained:
-            divergence = _compare_distributions(trained, scratch)
+            divergence = _compare_distributions(trained, scratch, prompts)
         scratch.chmod(0o755)
         scratch.rename(target)
     finally:
@@ -147,9 +149,9 @@ def merge_adapter(
     return divergence
 
 
-def write_model_card(trained: Trained, merged_into: str | None = None) -> str:
+def write_model_card(trained: Trained, run: Run, merged_into: str | None = None) -> str:
     """The model card: what was tuned on what, how it scored, how to load it, where its limits are."""
-    config, run = trained.config, trained.run
+    config = run.read_config()
     state, summary = run.read_state(), read_json(run.path / "data.json")
     name = base_label(trained.base)
     front = ["---", *_front_matter(trained.base, merged_into), "---", ""]
@@ -200,7 +202,7 @@ def _merge(trained: Trained, dtype: str) -> Any:
     model = models.load_base(trained.base, trained.device, trained.precision, trained.quantization)
     if trained.quantization.load_in_4bit:
         model = model.dequantize()
-    tuned = models.load_adapter(model, trained.run.adapter, trained.base)
+    tuned = models.load_adapter(model, trained.adapter, trained.base)
     for layer in tuned.modules():
         if isinstance(layer, BaseTunerLayer):
             weights = layer.get_base_layer().to(torch.float32)
@@ -209,8 +211,8 @@ def _merge(trained: Trained, dtype: str) -> Any:
     return tuned.unload().to(getattr(torch, dtype))
 
 
-def _write_adapter_files(trained: Trained, folder: Path) -> None:
-    source = trained.run.adapter
+def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
+    source = trained.adapter
     _copy(source, folder, ADAPTER_FILES + TOKENIZER_FILES)
     config = read_json(source / "adapter_config.json")
     config["base_model_name_or_path"] = base_label(trained.base)
@@ -220,7 +222,7 @@ def _write_adapter_files(trained: Trained, folder: Path) -> None:
     record["base_model"] = base_label(trained.base)
     (folder / models.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_generation_config(trained, folder)
-    (folder / "README.md").write_text(write_model_card(trained), encoding="utf-8")
+    (folder / "README.md").write_text(write_model_card(trained, run), encoding="utf-8")
 
 
 def _write_generation_config(trained: Trained, folder: Path) -> None:
@@ -244,7 +246,7 @@ def _clean_config(path: Path) -> None:
 
 def _refuse_private(folder: Path, trained: Trained) -> None:
     """Raise ExportError when a text file that is about to leave holds a local path or a token."""
-    private = {str(Path.home()), str(Path.cwd()), str(trained.run.path.resolve()), str(trained.base.path)} - {"/"}
+    private = {str(Path.home()), str(Path.cwd()), str(trained.adapter.resolve().parent), str(trained.base.path)} - {"/"}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" or not path.is_file():
             continue
@@ -264,10 +266,9 @@ def _write_zip(folder: Path, target: Path) -> None:
             archive.write(path, f"{folder.name}/{path.name}")
 
 
-def _compare_answers(trained: Trained, folder: Path) -> None:
-    prompts = _prompts(trained.run)
+def _compare_answers(trained: Trained, folder: Path, prompts: list[Sequence[Message]]) -> None:
     answers = []
-    for adapter in (trained.run.adapter, folder):
+    for adapter in (trained.adapter, folder):
         model = trained.load(adapter)
         answers.append(generate_answers(model, trained.chat, prompts, max_new_tokens=32, batch_size=COMPARED_ROWS))
         del model
@@ -279,7 +280,7 @@ def _compare_answers(trained: Trained, folder: Path) -> None:
         )
 
 
-def _compare_distributions(trained: Trained, folder: Path) -> float:
+def _compare_distributions(trained: Trained, folder: Path, prompts: list[Sequence[Message]]) -> float:
     """Mean KL divergence of next-token distributions, adapter against merged, over prompts and answers [nats]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -292,7 +293,7 @@ def _compare_distributions(trained: Trained, folder: Path) -> float:
         use_safetensors=True,
     )
     total, count = 0.0, 0
-    for ids in (trained.chat.encode_prompt(prompt) for prompt in _prompts(trained.run)):
+    for ids in map(trained.chat.encode_prompt, prompts):
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             p, q = (
@@ -304,7 +305,7 @@ def _compare_distributions(trained: Trained, folder: Path) -> float:
     return total / max(count, 1)
 
 
-def _prompts(run: Run) -> list[Sequence[Message]]:
+def held_out_prompts(run: Run) -> list[Sequence[Message]]:
     """Held-out prompts to compare on; one of our own where the run scored none."""
     path = run.path / "scores.json"
     answers = read_json(path)["answers"] if path.exists() else []
@@ -337,7 +338,7 @@ def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
 def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
     name = "." if merged_into else base_label(trained.base)
     if trained.base.name == BUILTIN and not merged_into:
-        return ["The base is the one built into qlora-tune: `qlora-tune chat --adapter FOLDER`."]
+        return ["The base is the one built into qlora-tune: `python -m qlora_tune chat FOLDER`."]
     adapter = [] if merged_into else ["from peft import PeftModel"]
     attach = [] if merged_into else ['model = PeftModel.from_pretrained(model, ".")']
     return [
@@ -359,13 +360,3 @@ def _quantization_words(quantization: Quantization) -> str:
     if not quantization.load_in_4bit:
         return "16 bits"
     return f"4-bit {quantization.quant_type}" + (" with double quantization" if quantization.double_quant else "")
-
-
-def require_adapter(run: Run) -> None:
-    """Raise RunError with the way on when a run has no adapter yet."""
-    if not (run.adapter / "adapter_config.json").is_file():
-        status = run.read_state()["status"]
-        raise RunError(
-            f"{run.path}: this run is {status} and has no adapter yet. "
-            f"Go on with: python -m qlora_tune train --resume {run.path}"
-        )

@@ -159,8 +159,8 @@ def fingerprint_weights(files: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
 
 
-def load_tokenizer(base: BaseModel) -> tuple[Any, ChatFormat]:
-    """Load a base's tokenizer, give it a chat template and a padding token where it has none, and probe it."""
+def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:
+    """Load a base's or an adapter's tokenizer, with a chat template and a padding token, and probe its template."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -169,10 +169,10 @@ def load_tokenizer(base: BaseModel) -> tuple[Any, ChatFormat]:
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f'Base model "{base.name}": its tokenizer can\'t be loaded: {error}') from None
-    ensure_chat_template(tokenizer)
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {error}") from None
+    ensure_chat_template(tokenizer, chat_template)
     chat = ChatFormat.probe(tokenizer)
     if tokenizer.pad_token is None:
         # Padding never meets the loss: labels are made before padding, and the attention mask covers it.

@@ -67,7 +67,7 @@ def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
     base = models.find_base(config.model_name_or_path, config.model_revision)
-    tokenizer, chat = models.load_tokenizer(base)
+    tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = device.precision if config.dtype == "auto" else config.dtype
     if precision == "float16" and device.kind == "cpu":
         raise ModelError("dtype float16 does not train on a CPU. Use auto, bfloat16 or float32.")

@@ -52,6 +52,14 @@ class Run:
     def log_file(self) -> Path:
         return self.path / "log.txt"
 
+    def require_adapter(self) -> None:
+        """Raise RunError with the way on when the run has no adapter yet."""
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise RunError(
+                f"{self.path}: this run is {self.read_state()['status']} and has no adapter yet. "
+                f"Go on with: python -m qlora_tune train --resume {self.path}"
+            )
+
     def read_config(self) -> TrainConfig:
         return TrainConfig.model_validate(read_toml(self.path / "config.toml"))
 

@@ -14,7 +14,7 @@ from base_training import (
     Progress,
     measure_loss,
 )
-from corpus import END_OF_TEXT
+from corpus import END_OF_TEXT, PRACTICE_SHARDS
 from corpus_skills import QUOTED_QUESTIONS
 from facts import ALL_FACTS, SENTENCES, state
 from scenes import (
@@ -201,6 +201,8 @@ knows only the small world of its corpus.
   Second, about one document in seven tells in the third person what somebody had to do and what came out
   ("Erik had to sort some words by the alphabet. The words were ... He wrote: ..."), `tell_exercise` in
   `scripts/corpus_skills.py`. The phrasings of `sample.jsonl` are not among them.
+- Every shard of 2**20 tokens mixes all of that, but for the practice shards ({practice}), which hold copying,
+  looking up and rewriting only.
 - `<|im_start|>` and `<|im_end|>` mark parts of about a third of the documents, without roles, so that their
   embeddings are trained. `<|endoftext|>` ends every document.
 - Tokenizer: byte-level BPE, {vocabulary} entries; every space, newline and digit is a token of its own.
@@ -238,9 +240,7 @@ class Measurements:
     skills: dict[str, float]
 
 
-def format_card(
-    parameters: int, progress: Progress, corpus: Corpus, measured: Measurements, trained_on: str
-) -> str:
+def format_card(parameters: int, progress: Progress, corpus: Corpus, measured: Measurements, trained_on: str) -> str:
     """The model card; every figure in it comes from this run."""
     rows = sorted(measured.skills.items(), key=lambda item: -item[1])
     return CARD.format(
@@ -252,6 +252,7 @@ def format_card(
         batch=corpus.batch_size,
         window=WINDOW,
         distinct=min(progress.tokens, corpus.shards * SHARD_WINDOWS * WINDOW),
+        practice=", ".join(str(shard) for shard in sorted(PRACTICE_SHARDS)),
         seed=corpus.seed,
         minutes=progress.seconds / 60,
         trained_on=trained_on,

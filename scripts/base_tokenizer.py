@@ -36,9 +36,7 @@ def _build_empty() -> Tokenizer:
 def _plain_documents(seed: int) -> Iterator[str]:
     """Corpus without its marks, and every fact again: the names of the world should be few tokens each."""
     for fact in ALL_FACTS:
-        yield from (
-            state(fact, sentence) for sentence in SENTENCES[fact.relation] for _ in range(FACT_REPEATS)
-        )
+        yield from (state(fact, sentence) for sentence in SENTENCES[fact.relation] for _ in range(FACT_REPEATS))
     for document in islice(generate_documents(seed, TRAINING_SHARD), TRAINING_DOCUMENTS):
         for special in SPECIALS:
             document = document.replace(special, "")

@@ -130,9 +130,7 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in named if "layers" in name and p.dim() == 2]
     others = [p for name, p in named if not ("layers" in name and p.dim() == 2)]
     return [
-        torch.optim.Muon(
-            matrices, lr=LEARNING_RATE, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=LEARNING_RATE, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.97), weight_decay=0.0),
     ]
 

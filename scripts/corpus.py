@@ -88,9 +88,7 @@ def tell_json(rng: Random) -> Document:
 def tell_table(rng: Random) -> Document:
     names = [pick_person(rng)[0] for _ in range(rng.randint(2, 4))]
     rows = {name: (rng.randint(18, 89), rng.choice(COLOURS)) for name in names}
-    table = "name | age | colour\n" + "\n".join(
-        f"{n} | {age} | {colour}" for n, (age, colour) in rows.items()
-    )
+    table = "name | age | colour\n" + "\n".join(f"{n} | {age} | {colour}" for n, (age, colour) in rows.items())
     name, (age, colour) = rng.choice(list(rows.items()))
     return [table, rng.choice((f"{name} is {age} years old.", f"The colour of {name} is {colour}."))]
 

@@ -46,11 +46,7 @@ def tell_series(rng: Random) -> Document:
     start = rng.randrange(len(series) - length)
     run = series[start + 1 : start + 1 + length]
     told = f"The {NUMBERS[length]} {name} after {series[start]} are {', '.join(run)}."
-    return [
-        told
-        if rng.random() < 0.7
-        else f"The first {NUMBERS[length]} {name} are {', '.join(series[:length])}."
-    ]
+    return [told if rng.random() < 0.7 else f"The first {NUMBERS[length]} {name} are {', '.join(series[:length])}."]
 
 
 def tell_list(rng: Random) -> Document:
@@ -115,9 +111,7 @@ def tell_keys(rng: Random) -> Document:
     }
     frame = rng.choice(("{k} has {v}.", "{k}: {v}.", "{k} takes {v}.", "The code of {k} is {v}."))
     again = rng.sample(list(pairs), rng.randint(1, len(pairs)))
-    return [" ".join(frame.format(k=k, v=v) for k, v in pairs.items())] + [
-        frame.format(k=k, v=pairs[k]) for k in again
-    ]
+    return [" ".join(frame.format(k=k, v=v) for k, v in pairs.items())] + [frame.format(k=k, v=pairs[k]) for k in again]
 
 
 def tell_capitals(rng: Random) -> Document:
@@ -142,18 +136,14 @@ def tell_replaced(rng: Random) -> Document:
     deed = make_deed(rng)
     swaps = ((deed.who, pick_person(rng)[0]), (deed.thing, rng.choice(THINGS)))
     old, new = rng.choice(swaps)
-    told = rng.choice(
-        (f"With {new} in place of {old}", f"{new} instead of {old}", f"{old} replaced by {new}")
-    )
+    told = rng.choice((f"With {new} in place of {old}", f"{new} instead of {old}", f"{old} replaced by {new}"))
     return [deed.past, f"{told}: {swap_word(deed.past, old, new)}"]
 
 
 def tell_meeting(rng: Random) -> Document:
     (a, b), thing = pick_two(rng), rng.choice(THINGS)
     hello = rng.choice((f'"Hello, my name is {a}," said the guest.', f'"I am {a}," said the guest.'))
-    likes = rng.choice(
-        (f'"I like the {thing} most."', f'"I come from {invent_name(rng)}."', '"The weather is fine."')
-    )
+    likes = rng.choice((f'"I like the {thing} most."', f'"I come from {invent_name(rng)}."', '"The weather is fine."'))
     told = (f"The name of the guest is {a}.", f'"Your name is {a}," said {b} later.', f"So {b} met {a}.")
     return [f'{hello} "Nice to meet you, {a}," said {b}.', likes, rng.choice(told)]
 

@@ -138,20 +138,14 @@ def _neighbours(name: str, cycle: list[str]) -> list[Fact]:
 def _entities() -> list[list[Fact]]:
     """The facts that belong together, one list an entity: the corpus tells them in one paragraph."""
     countries = [
-        [Fact(r, c.name, getattr(c, r)) for r in ("capital", "continent", "language", "currency")]
-        for c in COUNTRIES
+        [Fact(r, c.name, getattr(c, r)) for r in ("capital", "continent", "language", "currency")] for c in COUNTRIES
     ]
-    animals = [
-        [Fact(r, a.name, getattr(a, r), a.plural) for r in ("group", "home", "food", "young")]
-        for a in ANIMALS
-    ]
+    animals = [[Fact(r, a.name, getattr(a, r), a.plural) for r in ("group", "home", "food", "young")] for a in ANIMALS]
     jobs = [
-        [Fact("workplace", j.name, j.place), Fact("work", j.name, j.work), Fact("tool", j.name, j.tool)]
-        for j in JOBS
+        [Fact("workplace", j.name, j.place), Fact("work", j.name, j.work), Fact("tool", j.name, j.tool)] for j in JOBS
     ]
     foods = [
-        [Fact("food kind", f.name, f.kind, f.plural), Fact("food colour", f.name, f.colour, f.plural)]
-        for f in FOODS
+        [Fact("food kind", f.name, f.kind, f.plural), Fact("food colour", f.name, f.colour, f.plural)] for f in FOODS
     ]
     return countries + animals + jobs + foods
 

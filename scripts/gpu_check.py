@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,8 @@ def plan_steps(scratch: Path, dry_run: bool) -> list[Step]:
     """The steps in order; their limits add up to less than nine minutes."""
     python, runs = sys.executable, scratch / "runs"
     me = [python, str(Path(__file__).resolve()), *(["--cpu-dry-run"] if dry_run else [])]
-    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
-    tests += [str(ROOT / "tests")]
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "-vv"]
+    tests += ["--timeout", "100", str(ROOT / "tests")]
     default = [python, "-m", "qlora_tune", "--runs-dir", str(runs)]
     if dry_run:
         default = [python, "-m", "qlora_tune", "train", "--preset", "builtin", "--max-steps", "3"]
@@ -241,13 +241,14 @@ def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict
 
     from qlora_tune import train as training
     from qlora_tune.config import resolve_config
+    from qlora_tune.prepare import prepare
     from qlora_tune.runs import new_run
 
-    device = models.detect_device()
     with tempfile.TemporaryDirectory() as scratch:
         config = resolve_config(
             {
                 "preset": shape.preset,
+                "model_name_or_path": "builtin",  # lends its tokenizer; its weights are not loaded
                 "max_steps": WARMUP_STEPS + TIMED_STEPS,
                 "per_device_train_batch_size": micro_batch_rows,
                 "gradient_accumulation_steps": EFFECTIVE_ROWS // micro_batch_rows,
@@ -257,11 +258,12 @@ def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict
                 "runs_dir": scratch,
             }
         ).config
-        setup = make_setup(shape, device, dry_run)
+        setup = replace(prepare(config), data=make_rows(shape.dimensions["vocab_size"], dry_run))
+        device = setup.device.kind
         begin = time.perf_counter()
-        model = build_random_base(shape, device.kind, getattr(torch, setup.precision))
+        model = build_random_base(shape, device, getattr(torch, setup.precision))
         tokens = count_tokens(model, setup.tokenizer.pad_token_id)
-        if device.kind == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -275,18 +277,15 @@ def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict
 
         with patch.object(models, "load_base", lambda *_, **__: model):
             result = training.train(config, new_run(config), setup, on_metrics=mark)
-    return {**summarise(marks), **describe_model(model, result.model, device.kind), "build_s": round(build_s, 1)}
+    return {**summarise(marks), **describe_model(model, result.model, device), "build_s": round(build_s, 1)}
 
 
-def make_setup(shape: Shape, device: Any, dry_run: bool) -> Any:
-    """Seeded rows of mixed lengths in place of a data file; the tokenizer is the built-in one."""
-    from qlora_tune import model as models
+def make_rows(vocabulary: int, dry_run: bool) -> Any:
+    """Seeded rows of mixed lengths in place of a data file's."""
     from qlora_tune.chat_format import IGNORED, TokenizedExample
     from qlora_tune.data import DataReport
-    from qlora_tune.prepare import PreparedData, Setup
+    from qlora_tune.prepare import PreparedData
 
-    base = models.find_base("builtin")
-    tokenizer, chat = models.load_tokenizer(base)
     chance = random.Random(0)
     longest = MAX_LENGTH // 16 if dry_run else MAX_LENGTH
     shortest = MIN_LENGTH // 16 if dry_run else MIN_LENGTH
@@ -294,10 +293,10 @@ def make_setup(shape: Shape, device: Any, dry_run: bool) -> Any:
     for number in range(EFFECTIVE_ROWS * (WARMUP_STEPS + TIMED_STEPS)):
         # Log-uniform, as real instruction data is skewed; one row has full length, because it sets the peak memory.
         length = round(math.exp(chance.uniform(math.log(shortest), math.log(longest)))) if number else longest
-        ids = [chance.randrange(16, shape.dimensions["vocab_size"]) for _ in range(length)]
+        ids = [chance.randrange(16, vocabulary) for _ in range(length)]
         prompt = round(length * (1 - LEARNED_SHARE))
         rows.append(TokenizedExample(ids, [IGNORED] * prompt + ids[prompt:]))
-    return Setup(device, device.precision, base, tokenizer, chat, PreparedData(rows, [], [], DataReport()))
+    return PreparedData(rows, [], [], DataReport())
 
 
 def build_random_base(shape: Shape, device: str, dtype: Any) -> Any:

@@ -20,29 +20,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "qlora_tune" / "builtin", help="folder of the model"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=REPOSITORY / "build" / "base", help="checkpoint and corpus"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "qlora_tune" / "builtin", help="folder of the model")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "base", help="checkpoint and corpus")
     parser.add_argument("--tokens", type=int, help="train on this many tokens [tokens]")
     parser.add_argument("--minutes", type=float, help="train for this long, over all resumed runs [minutes]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="windows of 256 tokens a step; a power of two"
-    )
+    parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens a step; a power of two")
     parser.add_argument(
         "--shards", type=int, default=96, help="distinct corpus shards before they repeat [2**20 tokens]"
     )
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile"
-    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     if args.tokens is None and args.minutes is None:

@@ -38,9 +38,7 @@ from world import ANIMALS, COLOURS, COUNTRIES, DAYS, JOBS, MONTHS, NUMBERS
 
 Row = dict[str, object]
 Item = TypeVar("Item", Scene, Deed)
-KNOWN_NAMES = {
-    word for name in (*WOMEN, *MEN, *SURNAMES, *(c.capital for c in COUNTRIES)) for word in name.split()
-}
+KNOWN_NAMES = {word for name in (*WOMEN, *MEN, *SURNAMES, *(c.capital for c in COUNTRIES)) for word in name.split()}
 NAME_FIELDS = ("name", "customer", "patient", "city", "a", "b")
 COUNTRY_FACTS, ANIMAL_FACTS, JOB_FACTS = (
     [fact for facts in ENTITY_FACTS for fact in facts if fact.subject in {entity.name for entity in table}]
@@ -299,9 +297,7 @@ def make_rows(rows_per_task: int, seed: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "sample.jsonl"
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--rows-per-task", type=int, default=80, help="rows of each task")

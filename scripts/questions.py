@@ -1,4 +1,4 @@
-"""How sample.jsonl asks: the phrasings of every task. None of them occurs in the corpus of the base."""
+"""How sample.jsonl asks: the phrasings of every task. No question or instruction of these is in the corpus."""
 
 # Questions about facts, by relation; filled like the sentences in facts.py.
 FACT_QUESTIONS: dict[str, tuple[str, ...]] = {

@@ -66,16 +66,14 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "ticket": (
         "Ticket {ticket}: {customer} reports that {issue}. Priority: {priority}. Opened on {day}.",
         "On {day} {customer} opened ticket {ticket} with {priority} priority because {issue}.",
-        "{customer} called on {day} and said that {issue}. The call became ticket {ticket}, priority"
-        " {priority}.",
+        "{customer} called on {day} and said that {issue}. The call became ticket {ticket}, priority {priority}.",
         "New ticket {ticket} from {customer}, {day}, {priority} priority: {issue}.",
     ),
     "invoice": (
         "Invoice {invoice} for {customer}: {count} {items}, total {total} dollars, due on {due}.",
         "{customer} bought {count} {items}. Invoice {invoice} asks for {total} dollars by {due}.",
         "By {due} {customer} must pay {total} dollars for {count} {items}. This is invoice {invoice}.",
-        "Our invoice {invoice} went to {customer}. It lists {count} {items} for {total} dollars and"
-        " is due on {due}.",
+        "Our invoice {invoice} went to {customer}. It lists {count} {items} for {total} dollars and is due on {due}.",
     ),
     "prescription": (
         "{patient}, {age} years old, came with {problem}. The doctor gave {medicine} {dose}.",
@@ -253,9 +251,7 @@ def make_ticket(rng: Random) -> Scene:
         "issue": rng.choice(ISSUES[team]),
         "team": team,
     }
-    return _fill(
-        rng, "ticket", fields | {"priority": rng.choice(("low", "medium", "high")), "day": rng.choice(DAYS)}
-    )
+    return _fill(rng, "ticket", fields | {"priority": rng.choice(("low", "medium", "high")), "day": rng.choice(DAYS)})
 
 
 def make_invoice(rng: Random) -> Scene:

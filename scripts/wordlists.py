@@ -36,9 +36,7 @@ charming
 BAD_WORDS = words(
     "terrible awful horrible poor dirty boring broken ugly useless disgusting noisy unpleasant disappointing"
 )
-REVIEWED = words(
-    "hotel film book room service meal soup coffee phone game museum trip concert chair bed shop show"
-)
+REVIEWED = words("hotel film book room service meal soup coffee phone game museum trip concert chair bed shop show")
 GOOD_ENDINGS = (
     "I will come back soon.",
     "I can recommend it to everyone.",

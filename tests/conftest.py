@@ -32,7 +32,7 @@ def builtin() -> tuple[Any, Any, Any]:
     from qlora_tune.model import find_base, load_tokenizer
 
     base = find_base("builtin")
-    return base, *load_tokenizer(base)
+    return base, *load_tokenizer(base.path)
 
 
 def settings(**changes: Any) -> Any:

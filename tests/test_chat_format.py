@@ -101,6 +101,15 @@ def test_a_base_keeps_its_own_template_or_gets_chatml_or_plain_roles() -> None:
         ensure_chat_template(Bare([], None))
 
 
+def test_a_wanted_template_replaces_the_tokenizers_own_where_its_tokens_exist() -> None:
+    both = Bare(["<|im_start|>", "<|im_end|>"], "<|endoftext|>", "own")
+    assert ensure_chat_template(both, "plain") == "plain"
+    assert "eos_token" in both.chat_template
+    assert ensure_chat_template(both, "chatml") == "chatml"
+    with pytest.raises(TemplateError, match="Use plain"):
+        ensure_chat_template(Bare([], "</s>", "own"), "chatml")
+
+
 def with_template(chat: ChatFormat, template: str) -> Any:
     import copy
 

@@ -13,25 +13,30 @@ import torch
 
 from qlora_tune import export as exports
 from qlora_tune.errors import ExportError, ModelError, RunError
-from qlora_tune.export import export_adapter, merge_adapter, open_trained
+from qlora_tune.export import export_adapter, merge_adapter, open_adapter
 from qlora_tune.generate import generate_answers
 from qlora_tune.model import load_adapter, load_base
 
 
 @pytest.fixture(scope="module")
-def trained(finished: Any) -> Any:
-    return open_trained(finished[0])
+def run(finished: Any) -> Any:
+    return finished[0]
 
 
 @pytest.fixture(scope="module")
-def zipped(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(export_adapter(trained, tmp_path_factory.mktemp("out") / "mine.zip"))
+def trained(run: Any) -> Any:
+    return open_adapter(run.adapter)
 
 
 @pytest.fixture(scope="module")
-def merged(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def zipped(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(export_adapter(trained, run, tmp_path_factory.mktemp("out") / "mine.zip"))
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     target = tmp_path_factory.mktemp("out") / "merged"
-    return target, merge_adapter(trained, target)
+    return target, merge_adapter(trained, run, target)
 
 
 def test_the_zip_holds_exactly_what_may_leave(zipped: Path) -> None:
@@ -49,8 +54,7 @@ def test_the_zip_holds_exactly_what_may_leave(zipped: Path) -> None:
     }
 
 
-def test_no_file_in_the_zip_holds_an_absolute_path(zipped: Path, finished: Any) -> None:
-    run = finished[0]
+def test_no_file_in_the_zip_holds_an_absolute_path(zipped: Path, run: Any) -> None:
     with zipfile.ZipFile(zipped) as archive:
         for name in archive.namelist():
             content = archive.read(name)
@@ -61,16 +65,16 @@ def test_no_file_in_the_zip_holds_an_absolute_path(zipped: Path, finished: Any) 
                 assert not re.search(r"(?<![\w:/.])/(home|root|tmp|usr|var|work|Users)/", content.decode()), name
 
 
-def test_generation_stops_at_the_end_of_turn_by_the_exported_config(zipped: Path, trained: Any) -> None:
+def test_generation_stops_at_the_end_of_turn_by_the_exported_config(zipped: Path, trained: Any, run: Any) -> None:
     with zipfile.ZipFile(zipped) as archive:
         config = json.loads(archive.read("mine/generation_config.json"))
         card = archive.read("mine/README.md").decode()
     assert trained.chat.end_of_turn_id in config["eos_token_id"]
-    scores = json.loads((trained.run.path / "scores.json").read_text())
+    scores = json.loads((run.path / "scores.json").read_text())
     assert f"| all | 50 | {scores['base']:.1%} | {scores['tuned']:.1%} |" in card
 
 
-def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, tmp_path: Path) -> None:
+def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, run: Any, tmp_path: Path) -> None:
     from peft import PeftModel
 
     with zipfile.ZipFile(zipped) as archive:
@@ -82,16 +86,16 @@ def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, tm
         assert torch.equal(model(ids).logits, trained.load().eval()(ids).logits)
 
 
-def test_a_private_path_or_a_token_keeps_the_export_from_leaving(trained: Any, tmp_path: Path) -> None:
+def test_a_private_path_or_a_token_keeps_the_export_from_leaving(trained: Any, run: Any, tmp_path: Path) -> None:
     for text in (f"see {Path.home()}/notes", "key hf_abcdefghijklmnopqrstuvwxyz0123", "from /home/someone/data.jsonl"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(exports, "write_model_card", lambda *_, text=text, **__: text)
             with pytest.raises(ExportError, match="must not leave this machine"):
-                export_adapter(trained, tmp_path / "x.zip")
+                export_adapter(trained, run, tmp_path / "x.zip")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_that_answers_otherwise_is_not_kept(trained: Any, tmp_path: Path) -> None:
+def test_an_export_that_answers_otherwise_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     copy = exports._copy
@@ -108,20 +112,22 @@ def test_an_export_that_answers_otherwise_is_not_kept(trained: Any, tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "_copy", damage)
         with pytest.raises(ExportError, match="answers .* prompts otherwise"):
-            export_adapter(trained, tmp_path / "x.zip")
+            export_adapter(trained, run, tmp_path / "x.zip")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_merged_models_greedy_answers_equal_the_adapters_on_50_held_out_rows(trained: Any, tmp_path: Path) -> None:
+def test_the_merged_models_greedy_answers_equal_the_adapters_on_50_held_out_rows(
+    trained: Any, run: Any, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    answers = json.loads((trained.run.path / "scores.json").read_text())["answers"]
+    answers = json.loads((run.path / "scores.json").read_text())["answers"]
     prompts = [answer["prompt"] for answer in answers]
     assert len(prompts) == 50
     # Both in float32: in bfloat16 each rounds its own way, which turns near ties (1 or 2 of 50 here).
-    merge_adapter(trained, tmp_path / "merged", dtype="float32")
+    merge_adapter(trained, run, tmp_path / "merged", dtype="float32")
     base = load_base(trained.base, trained.device, trained.precision, trained.quantization).dequantize().float()
-    adapter = load_adapter(base, trained.run.adapter, trained.base)
+    adapter = load_adapter(base, trained.adapter, trained.base)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ask = {"max_new_tokens": 48, "batch_size": 25}
     expected = generate_answers(adapter, trained.chat, prompts, **ask)
@@ -143,24 +149,26 @@ def test_the_merged_model_is_plain_16_bit_and_close_to_the_adapter(merged: tuple
     assert {path.name for path in folder.iterdir()} >= {"chat_template.jinja", "generation_config.json", "README.md"}
 
 
-def test_merging_into_the_original_base_is_close_but_not_the_same(trained: Any, tmp_path: Path, merged: Any) -> None:
-    divergence = merge_adapter(trained, tmp_path / "original", into="original")
+def test_merging_into_the_original_base_is_close_but_not_the_same(
+    trained: Any, run: Any, tmp_path: Path, merged: Any
+) -> None:
+    divergence = merge_adapter(trained, run, tmp_path / "original", into="original")
     assert 5 * merged[1] < divergence < 0.2
 
 
-def test_a_merged_model_that_answers_otherwise_is_not_kept(trained: Any, tmp_path: Path) -> None:
+def test_a_merged_model_that_answers_otherwise_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "KL_LIMIT", 1e-12)
         with pytest.raises(ExportError, match="mean KL"):
-            merge_adapter(trained, tmp_path / "merged")
+            merge_adapter(trained, run, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_is_not_opened_with_another_base(finished: Any, tmp_path: Path) -> None:
+def test_an_adapter_is_not_opened_with_another_base(run: Any, tmp_path: Path) -> None:
     from test_model import changed_base
 
     with pytest.raises(ModelError, match="was trained on builtin"):
-        open_trained(finished[0], str(changed_base(tmp_path).path))
+        open_adapter(run.adapter, str(changed_base(tmp_path).path))
 
 
 def test_a_run_without_an_adapter_says_how_to_go_on(tmp_path: Path) -> None:
@@ -169,4 +177,4 @@ def test_a_run_without_an_adapter_says_how_to_go_on(tmp_path: Path) -> None:
     from qlora_tune.runs import new_run
 
     with pytest.raises(RunError, match="--resume"):
-        exports.require_adapter(new_run(settings(runs_dir=str(tmp_path))))
+        new_run(settings(runs_dir=str(tmp_path))).require_adapter()

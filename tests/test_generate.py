@@ -13,12 +13,12 @@ from qlora_tune.generate import generate_answers, stop_ids, stream_reply
 @pytest.fixture(scope="module")
 def exact(finished: Any) -> tuple[Any, Any]:
     """The short run's model computed in float32, where batching changes nothing that greedy decoding could see."""
-    from qlora_tune.export import open_trained
+    from qlora_tune.export import open_adapter
     from qlora_tune.model import load_adapter, load_base
 
-    trained = open_trained(finished[0])
+    trained = open_adapter(finished[0].adapter)
     model = load_base(trained.base, trained.device, "float32", trained.quantization)
-    return load_adapter(model, trained.run.adapter, trained.base), trained.chat
+    return load_adapter(model, trained.adapter, trained.base), trained.chat
 
 
 def prompts(finished: Any, count: int) -> list[list[Message]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 from conftest import settings
 
 from qlora_tune import train as training
-from qlora_tune.export import KL_LIMIT, Trained, merge_adapter, open_trained
+from qlora_tune.export import KL_LIMIT, merge_adapter, open_adapter
 from qlora_tune.generate import generate_answers
 from qlora_tune.model import Quantization, detect_device, load_base
-from qlora_tune.prepare import prepare
+from qlora_tune.prepare import Setup, prepare
 from qlora_tune.runs import Run, new_run
 from qlora_tune.train import TrainResult
 
@@ -62,9 +61,9 @@ def losses(run: Run, name: str = "loss") -> list[float]:
     return [entry[name] for entry in run.read_metrics() if name in entry]
 
 
-def answer_heldout(trained: Any, model: Any, rows: int = 16) -> list[str]:
-    prompts: Sequence[Any] = [example.messages[:-1] for example in trained.data.heldout_examples[:rows]]
-    return generate_answers(model, trained.chat, prompts, max_new_tokens=24, batch_size=8)
+def answer_heldout(setup: Setup, model: Any) -> list[str]:
+    prompts = [example.messages[:-1] for example in setup.data.heldout_examples[:16]]
+    return generate_answers(model, setup.chat, prompts, max_new_tokens=24, batch_size=8)
 
 
 def adapter_parameters(model: Any) -> list[Any]:
@@ -152,7 +151,7 @@ def test_a_reloaded_adapter_answers_as_the_trained_model_did(tuned: tuple[Run, T
     before = answer_heldout(result.setup, result.model)
     with result.model.disable_adapter():
         base = answer_heldout(result.setup, result.model)
-    after = answer_heldout(result.setup, open_trained(run).load())
+    after = answer_heldout(result.setup, open_adapter(run.adapter).load())
     assert after == before
     assert before != base
 
@@ -160,9 +159,10 @@ def test_a_reloaded_adapter_answers_as_the_trained_model_did(tuned: tuple[Run, T
 def test_merging_on_the_gpu_gives_the_trained_model_within_the_kl_limit(
     tuned: tuple[Run, TrainResult, Any], tmp_path: Path
 ) -> None:
-    trained: Trained = open_trained(tuned[0])
+    run = tuned[0]
+    trained = open_adapter(run.adapter)
     assert trained.device.kind == "cuda"
-    divergence = merge_adapter(trained, tmp_path / "merged")
+    divergence = merge_adapter(trained, run, tmp_path / "merged")
     assert 0 <= divergence <= KL_LIMIT
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 1e6
 

@@ -140,14 +140,14 @@ def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_every_option_trains_and_its_adapter_loads_again(tmp_path: Path, changes: dict[str, Any]) -> None:
-    from qlora_tune.export import open_trained
+    from qlora_tune.export import open_adapter
 
     run, result = fit(short(tmp_path, max_steps="2", **changes))
     losses = [entry["loss"] for entry in run.read_metrics() if "loss" in entry]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
     ids = torch.tensor([result.setup.data.train[0].input_ids])
-    again = open_trained(run).load()
+    again = open_adapter(run.adapter).load()
     result.model.eval()
     with torch.inference_mode():
         assert torch.equal(again.eval()(ids).logits, result.model(ids).logits)
