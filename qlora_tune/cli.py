@@ -333,11 +333,13 @@ def _resume(path: Path) -> None:
 
 
 def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+    from qlora_tune.prepare import data_files
     from qlora_tune.train import train as fit
 
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     console.print(
         f"run {run.path}\n"
+        f"data {', '.join(data_files(config))}\n"
         f"base {setup.base.name} in {'4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else '16 bits'}, "
         f"{setup.precision}, on {setup.device.name}\n"
         f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "

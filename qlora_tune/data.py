@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -134,8 +134,10 @@ def detect_format(fields: dict[str, Any]) -> Shape | None:
     return None
 
 
-def to_example(row: Row) -> tuple[Example, Shape, str | None]:
-    """Turn a row into an Example. Returns it, the shape it had, and what was changed (None: nothing).
+def to_example(row: Row, label: str = "") -> tuple[Example, Shape, str | None]:
+    """Turn a row into an Example whose source is `label` (or the file's name) and line.
+
+    Returns it, the shape it had, and what was changed (None: nothing).
 
     Raises ValueError with the reason when the row can't be used.
     """
@@ -149,14 +151,32 @@ def to_example(row: Row) -> tuple[Example, Shape, str | None]:
         messages, change = messages[:-1], "a last turn without an answer was left out"
     _check_turns(messages)
     task = row.fields.get("task") or row.fields.get("category")
-    source = f"{Path(row.file).name}:{row.line}"
+    source = f"{label or Path(row.file).name}:{row.line}"
     return Example(tuple(messages), task if isinstance(task, str) else None, source), shape, change
 
 
-def load_examples(paths: Sequence[str | Path]) -> tuple[list[Example], DataReport]:
-    """Read files into examples and a report. Raises DataError when no row at all can be used."""
+def label_files(paths: Sequence[str | Path]) -> dict[str, str]:
+    """A short name for each file, by path as given: its name, with as many folders as tell it from the others."""
+    distinct = list(dict.fromkeys(str(path) for path in paths))
+    labels: dict[str, str] = {}
+    for path in distinct:
+        parts = Path(path).parts
+        others = [Path(other).parts for other in distinct if other != path]
+        tails = (parts[-length:] for length in range(1, len(parts) + 1))
+        labels[path] = "/".join(next((t for t in tails if all(o[-len(t) :] != t for o in others)), parts))
+    return labels
+
+
+def load_examples(
+    paths: Sequence[str | Path], labels: Mapping[str, str] | None = None
+) -> tuple[list[Example], DataReport]:
+    """Read files into examples and a report. Raises DataError when no row at all can be used.
+
+    `labels` gives the names that sources carry, where more files than these must be told apart.
+    """
     examples: list[Example] = []
     report = DataReport()
+    labels = labels or label_files(paths)
     for path in paths:
         for row in read_rows(Path(path)):
             report.rows_in += 1
@@ -164,7 +184,7 @@ def load_examples(paths: Sequence[str | Path]) -> tuple[list[Example], DataRepor
                 report.problems.append(row)
                 continue
             try:
-                example, shape, change = to_example(row)
+                example, shape, change = to_example(row, labels[str(path)])
             except _RowError as error:
                 report.problems.append(DataProblem(row.file, row.line, str(error), original=row.fields))
                 continue

@@ -76,9 +76,10 @@ def prepare(config: TrainConfig) -> Setup:
 
 def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
-    examples, report = rows.load_examples(config.data or [shipped_path("sample.jsonl")])
+    labels = rows.label_files(data_files(config))
+    examples, report = rows.load_examples(training_files(config), labels)
     if config.heldout_data:
-        candidates, more = rows.load_examples(config.heldout_data)
+        candidates, more = rows.load_examples(config.heldout_data, labels)
         report.rows_in += more.rows_in
         report.shapes += more.shapes
         report.tasks += more.tasks
@@ -104,6 +105,11 @@ def quantization_of(config: TrainConfig) -> Quantization:
     return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
 
 
+def training_files(config: TrainConfig) -> list[str]:
+    """The files of training rows; sample.jsonl where none is named."""
+    return config.data or [str(shipped_path("sample.jsonl"))]
+
+
 def data_files(config: TrainConfig) -> list[str]:
-    """The files that a run reads, training rows first; sample.jsonl where none is named."""
-    return [*(config.data or [str(shipped_path("sample.jsonl"))]), *config.heldout_data]
+    """All files that a run reads, training rows first."""
+    return [*training_files(config), *config.heldout_data]

@@ -191,7 +191,7 @@ class TrainProgress:
             self._progress.update(self._task, total=total, completed=step, figures=figures)
         elif step == total or step / total - self._printed >= 0.1:
             self._printed = step / total
-            console.print(f"step {step}/{total}  {figures}")
+            console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -314,6 +314,9 @@ def _find_checkpoint(config: TrainConfig, run: Run, resume: bool) -> Path | None
     """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
     if not resume:
         return None
+    status = run.read_state()["status"]
+    if status in ("running", "finished"):
+        raise RunError(f"{run.path}: this run is {status}; there is nothing to go on with.")
     seen = run.read_state().get("data_fingerprint")
     if seen and seen != runs.fingerprint_files(data_files(config)):
         raise RunError(f"{run.path}: its data files have changed since it was started. Start a new run instead.")

@@ -2,7 +2,7 @@
 
 Steps, each a process of its own with its own time limit: the gpu tests, the default command, and training steps of
 two real model shapes with random weights (built in memory: no download, no disk). What became of each step goes to
-one JSON as soon as it is known. Exit code: 0 all steps passed, 1 some failed, 2 no CUDA device.
+one JSON as soon as it is known. Exit code: 0 all steps passed, 1 some failed, 2 no CUDA device, or no torch.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def main() -> int:
         name, rows = options.measure
         print(FIGURES + json.dumps(measure_training(SHAPES[name], int(rows), options.cpu_dry_run)))
         return 0
+    if find_version("torch") is None:
+        print(f"torch is not installed for {sys.executable}, so no GPU can be used from it.")
+        return 2
     environment = describe_environment()
     if environment["gpu"] is None and not options.cpu_dry_run:
         print("No CUDA device is visible here, so there is nothing to check. --cpu-dry-run tries the script itself.")

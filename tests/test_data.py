@@ -16,6 +16,7 @@ from qlora_tune.data import (
     detect_format,
     drop_seen,
     duplicate_key,
+    label_files,
     load_examples,
     read_rows,
     split_heldout,
@@ -190,6 +191,15 @@ def test_held_out_rows_that_are_trained_on_are_left_out_and_named() -> None:
     clean, leaks = drop_seen(train, heldout)
     assert [example.messages[0]["content"] for example in clean] == ["new"]
     assert "d.jsonl:1" in leaks[0].reason
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_folders() -> None:
+    assert label_files(["a/b/x.jsonl", "c/y.jsonl"]) == {"a/b/x.jsonl": "x.jsonl", "c/y.jsonl": "y.jsonl"}
+    assert set(label_files(["a/b/x.jsonl", "c/b/x.jsonl", "x.jsonl"]).values()) == {
+        "a/b/x.jsonl",
+        "c/b/x.jsonl",
+        "x.jsonl",
+    }
 
 
 @pytest.mark.parametrize(

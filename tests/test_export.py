@@ -178,3 +178,26 @@ def test_a_run_without_an_adapter_says_how_to_go_on(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="--resume"):
         new_run(settings(runs_dir=str(tmp_path))).require_adapter()
+
+
+def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(tmp_path: Path) -> None:
+    from conftest import settings
+    from test_model import copied_base
+
+    from qlora_tune.prepare import prepare
+    from qlora_tune.runs import new_run
+    from qlora_tune.train import train
+
+    folder = copied_base(tmp_path)
+    changes = {"model_name_or_path": str(folder), "max_steps": "2", "runs_dir": str(tmp_path / "runs")}
+    config = settings(score_rows="0", heldout_share="0", **changes)
+    run = new_run(config)
+    train(config, run, prepare(config))
+    target = export_adapter(open_adapter(run.adapter), run, tmp_path / "out" / "x.zip")
+    with zipfile.ZipFile(target) as archive:
+        assert all(str(tmp_path).encode() not in archive.read(name) for name in archive.namelist())
+        assert json.loads(archive.read("x/qlora_tune.json"))["base_model"] == "base"
+        archive.extractall(tmp_path / "received")
+    with pytest.raises(ModelError, match="no such folder"):
+        open_adapter(tmp_path / "received" / "x")
+    assert open_adapter(tmp_path / "received" / "x", str(folder)).base.name == str(folder)

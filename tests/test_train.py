@@ -221,6 +221,9 @@ def wait_for_step(run: Run, step: int, process: subprocess.Popen[bytes]) -> None
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
     config = short(tmp_path, max_steps="2")
     run, _ = fit(config)
+    with pytest.raises(RunError, match="this run is finished"):
+        training.train(config, run, prepare(config), resume=True)
+    run.update_state(status="stopped")
     Path(config.data[0]).write_text('{"instruction": "new", "output": "rows"}\n' * 9)
     with pytest.raises(RunError, match="data files have changed"):
         training.train(config, run, prepare(config), resume=True)
