@@ -1,6 +1,6 @@
 """qlora-tune: instruction-tune a language model with QLoRA on one small GPU, or none.
 
-A row's journey: data -> chat_format -> model -> train -> evaluate -> export. Each module imports only from
+A row's journey: shapes -> data -> chat_format -> model -> train -> evaluate -> export. Each module imports only from
 those before it, and the heavy libraries (torch, transformers, trl, peft) only inside functions.
 """
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
-from qlora_tune.data import DataProblem, Example, Message, reject_example
 from qlora_tune.errors import TemplateError
+from qlora_tune.shapes import DataProblem, Example, Message, reject_example
 
 IGNORED = -100  # the label that torch's cross entropy skips
 

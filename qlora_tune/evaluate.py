@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.data import Example, Message
 from qlora_tune.generate import generate_answers
 from qlora_tune.runs import Run, write_json
+from qlora_tune.shapes import Example, Message
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from qlora_tune import __version__
 from qlora_tune import model as models
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import BUILTIN
-from qlora_tune.data import Message
 from qlora_tune.errors import ExportError
 from qlora_tune.generate import generate_answers, stop_ids
 from qlora_tune.model import BaseModel, Device, Precision, Quantization
 from qlora_tune.runs import Run, read_json
+from qlora_tune.shapes import Message
 
 # Only these files leave: what a trainer writes beside them holds local paths.
 ADAPTER_FILES = ("adapter_model.safetensors", models.ADAPTER_RECORD)

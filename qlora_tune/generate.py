@@ -7,7 +7,7 @@ from threading import Thread
 from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.data import Message
+from qlora_tune.shapes import Message
 
 
 def stop_ids(chat: ChatFormat) -> list[int]:

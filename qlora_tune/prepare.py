@@ -13,9 +13,10 @@ from qlora_tune import data as rows
 from qlora_tune import model as models
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import TrainConfig, shipped_path
-from qlora_tune.data import DataReport, Example
+from qlora_tune.data import DataReport
 from qlora_tune.errors import DataError, ModelError, join_problems
 from qlora_tune.model import BaseModel, Device, Precision, Quantization
+from qlora_tune.shapes import Example
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune.config import TrainConfig, read_toml
-from qlora_tune.data import DataProblem
 from qlora_tune.errors import RunError
+from qlora_tune.shapes import DataProblem
 
 MANIFEST = "manifest.json"
 

@@ -15,10 +15,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits
-from qlora_tune.data import DataReport, Message
+from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED
 from qlora_tune.evaluate import Comparison, is_exact_match
 from qlora_tune.runs import Run
+from qlora_tune.shapes import Message
 
 console = Console(highlight=False, soft_wrap=False)
 errors = Console(highlight=False, stderr=True)

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "qlora_tune"
 ORDER = [
     "errors",
     "config",
+    "shapes",
     "data",
     "chat_format",
     "model",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qlora_tune.chat_format import CHATML, IGNORED, ChatFormat, ensure_chat_template, tokenize_examples
-from qlora_tune.data import Example, Message
 from qlora_tune.errors import TemplateError
+from qlora_tune.shapes import Example, Message
 
 
 def conversation(*contents: str, system: str | None = None) -> list[Message]:

@@ -8,21 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_tune.data import (
-    DataProblem,
-    Example,
-    Message,
-    Row,
-    detect_format,
-    drop_seen,
-    duplicate_key,
-    label_files,
-    load_examples,
-    read_rows,
-    split_heldout,
-    to_example,
-)
+from qlora_tune.data import drop_seen, duplicate_key, label_files, load_examples, read_rows, split_heldout
 from qlora_tune.errors import DataError
+from qlora_tune.shapes import DataProblem, Example, Message, Row, detect_format, to_example
 
 GOOD = {"instruction": "Say hi", "output": "hi"}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_tune.data import Message
 from qlora_tune.generate import generate_answers, stop_ids, stream_reply
+from qlora_tune.shapes import Message
 
 
 @pytest.fixture(scope="module")
