@@ -18,12 +18,13 @@ from qlora_tune.config import (
     ResolvedConfig,
     TrainConfig,
     describe_limits,
+    describe_value,
     list_presets,
     pick_preset,
     resolve_config,
     shipped_path,
 )
-from qlora_tune.errors import ConfigError, TuneError
+from qlora_tune.errors import ConfigError, DataError, TuneError
 from qlora_tune.model import quiet_stack
 from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console
@@ -44,13 +45,12 @@ def _settings_type() -> type:
     for name, field in TrainConfig.model_fields.items():
         extra: Any = field.json_schema_extra
         flag = name.replace("_", "-")
-        limits = ", ".join(part for part in (extra["unit"], describe_limits(field)) if part)
+        limits = describe_limits(field)
         is_switch = field.annotation is bool
-        default = ", ".join(field.default) if isinstance(field.default, list) else str(field.default).lower()
         parameter = Parameter(
             name=tuple(dict.fromkeys((f"--{flag}", f"--{name}"))),
             group=Group(extra["group"]),
-            help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {default or 'none'})",
+            help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {describe_value(field.default)})",
             show_default=False,
             negative=(f"--no-{flag}",) if is_switch else (),
             consume_multiple=False,
@@ -125,7 +125,8 @@ def check(*files: Path) -> None:
 @app.command
 def preview(
     *files: str,
-    rows: Annotated[int, Parameter(help="How many rows to show.")] = 3,
+    rows: Annotated[int, Parameter(help="How many sequences to show.")] = 3,
+    line: Annotated[int | None, Parameter(help="Show the row of this line instead.", show_default=False)] = None,
     config: ConfigFile = None,
     settings: AnySettings = None,
 ) -> None:
@@ -133,7 +134,12 @@ def preview(
     from qlora_tune.prepare import prepare
 
     setup = prepare(_resolve(files, config, settings).config)
-    for sequence in setup.data.train[:rows]:
+    sequences = setup.data.train + setup.data.heldout
+    if line is not None:
+        sequences = [sequence for sequence in sequences if sequence.source.endswith(f":{line}")]
+    if not sequences:
+        raise DataError(f"Line {line} holds no row that is trained or scored on. See: python -m qlora_tune check FILE")
+    for sequence in sequences[: None if line else rows]:
         figures = f"{len(sequence.input_ids)} tokens, {sequence.learned} learned"
         console.rule(f"{sequence.source}   {figures}", align="left")
         console.print(terminal.show_tokens(setup.tokenizer, sequence.input_ids, sequence.labels), soft_wrap=True)
@@ -153,8 +159,16 @@ def presets() -> None:
 
 
 @app.command(name="config")
-def show_config(*, config: ConfigFile = None, settings: AnySettings = None) -> None:
+def show_config(
+    *,
+    config: ConfigFile = None,
+    markdown: Annotated[bool, Parameter(help="Print all settings as markdown, for docs/settings.md.")] = False,
+    settings: AnySettings = None,
+) -> None:
     """Print every setting, its value and where the value came from."""
+    if markdown:
+        print(terminal.settings_markdown(), end="")
+        return
     terminal.show_config(_resolve((), config, settings))
 
 

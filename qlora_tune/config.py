@@ -256,10 +256,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def describe_limits(field: FieldInfo) -> str:
-    """Say in words what a setting accepts beyond its type, such as `>= 1, <= 4096`; empty when nothing."""
+    """Say in words a setting's unit and what it accepts, such as `tokens, >= 16`; empty when there is nothing."""
+    extra: Any = field.json_schema_extra
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = [(sign, getattr(rule, key, None)) for rule in field.metadata for key, sign in signs.items()]
-    return ", ".join(f"{sign} {value:g}" for sign, value in found if value is not None)
+    limits = [f"{sign} {value:g}" for sign, value in found if value is not None]
+    return ", ".join([extra["unit"], *limits] if extra["unit"] else limits)
+
+
+def describe_value(value: Any) -> str:
+    """A setting's value as a person writes it: true, 0.0002, q_proj, v_proj; `none` where it is absent or empty."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or value == []:
+        return "none"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _validate(values: dict[str, Any], origins: dict[str, str]) -> TrainConfig:

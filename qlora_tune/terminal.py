@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits
+from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_value
 from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED
 from qlora_tune.evaluate import Comparison, is_exact_match
@@ -86,18 +86,29 @@ def show_config(resolved: ResolvedConfig) -> None:
     """Every setting with its value, where the value came from, and what it is."""
     table = Table(Column("setting", no_wrap=True), Column("value", overflow="fold"), "from", "meaning", box=None)
     for name, field in TrainConfig.model_fields.items():
-        extra = field.json_schema_extra
-        unit = extra.get("unit") if isinstance(extra, dict) else ""
-        limits = ", ".join(part for part in (str(unit or ""), describe_limits(field)) if part)
+        limits = describe_limits(field)
         meaning = f"{field.description}" + (f" [{limits}]" if limits else "")
-        value = getattr(resolved.config, name)
-        shown = "none" if value is None else ", ".join(value) if isinstance(value, list) else f"{value}"
+        shown = describe_value(getattr(resolved.config, name))
         changed = resolved.origins[name] != "default"
         table.add_row(
             name, escape(shown), escape(resolved.origins[name]), escape(meaning), style="bold" if changed else None
         )
     console.print(table)
     console.print(f"preset: {escape(resolved.config.preset)} ({escape(resolved.preset_reason)})")
+
+
+def settings_markdown() -> str:
+    """All settings as markdown tables, one per group, from their declaration."""
+    lines = ["# Settings", "", "Written by `python -m qlora_tune config --markdown`."]
+    group = None
+    for name, field in TrainConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        if extra["group"] != group:
+            group = extra["group"]
+            lines += ["", f"## {group}", "", "| setting | default | limits | meaning |", "| --- | --- | --- | --- |"]
+        limits = describe_limits(field)
+        lines.append(f"| `{name}` | {describe_value(field.default)} | {limits} | {field.description} |")
+    return "\n".join(lines) + "\n"
 
 
 def show_runs(runs: Iterable[Run]) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from qlora_tune.chat_format import ChatFormat, TokenizedExample
 
-ROWS = 200  # conversations for each family and kind of tokenizer
+ROWS = 500  # conversations for each family and kind of tokenizer
 UNLEARNED = -100
 BY_NAME = {family.name: family for family in FAMILIES}
 SPM_FAMILIES = ("mistral", "mistral_v1", "zephyr")  # published with a SentencePiece vocabulary

@@ -50,7 +50,7 @@ def test_config_prints_every_setting_with_its_origin(capsys: pytest.CaptureFixtu
     shown = {line.split()[0]: line.split() for line in lines if line.split() and line.split()[0] in set(words(lines))}
     assert set(TrainConfig.model_fields) <= set(words(lines))
     assert shown["lora_r"][1:3] == ["4", "flag"]
-    assert shown["use_dora"][1:3] == ["True", "flag"]
+    assert shown["use_dora"][1:3] == ["true", "flag"]
     assert shown["learning_rate"][1:4] == ["0.001", "preset", "builtin"]
     assert shown["seed"][1:3] == ["42", "default"]
 
@@ -144,6 +144,9 @@ def test_preview_shows_the_tokens_and_counts_the_end_of_turns(capsys: pytest.Cap
     out = capsys.readouterr().out
     assert out.count("tokens, ") >= 2
     assert "<|im_start|>user" in out
+    assert main(["preview", SAMPLE, "--preset", "builtin", "--line", "7"]) == 0
+    assert "sample.jsonl:7 " in capsys.readouterr().out
+    assert "Line 9999 holds no row" in fail(capsys, "preview", SAMPLE, "--preset", "builtin", "--line", "9999")
     learned = next(line for line in out.splitlines() if line.startswith("end-of-turn"))
     count, total = (int(word) for word in learned.split() if word.isdigit())
     assert count == total > 1000

@@ -75,6 +75,12 @@ def test_the_readme_shows_the_size_and_base_of_every_preset() -> None:
         assert re.search(rf"\| {preset.name} \| {base}.*\| {length} \|", text), preset.name
 
 
+def test_the_table_of_settings_is_the_declaration() -> None:
+    from qlora_tune.terminal import settings_markdown
+
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_markdown()
+
+
 def test_links_in_the_readme_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
