@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -135,7 +136,9 @@ def show_runs(runs: Iterable[Run]) -> None:
 
 def show_comparison(comparison: Comparison, examples: int = 8) -> None:
     """The score table, then some answers side by side."""
-    table = Table("task", "rows", "base", "tuned", title="exact match on held-out rows", title_justify="left")
+    table = Table(
+        "task", "rows", "base", "tuned", title="exact match on held-out rows", title_justify="left", box=HORIZONTALS
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for score in comparison.by_task():
@@ -151,7 +154,15 @@ def show_comparison(comparison: Comparison, examples: int = 8) -> None:
 
 def _side_by_side(comparison: Comparison, count: int) -> Table:
     table = Table(
-        "prompt", "expected", "base", "tuned", "", title="answers side by side", title_justify="left", show_lines=True
+        "prompt",
+        "expected",
+        "base",
+        "tuned",
+        "",
+        title="answers side by side",
+        title_justify="left",
+        show_lines=True,
+        box=HORIZONTALS,
     )
     step = max(1, len(comparison.answers) // max(count, 1))
     for answer in comparison.answers[::step][:count]:
@@ -171,12 +182,12 @@ class TrainProgress:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             console=console,
         )
-        self._task = self._progress.add_task("train", total=None, figures="")
+        self._task = self._progress.add_task("loading the base", total=None, figures="")
         self._heldout = ""
         self._printed = -1.0
 
@@ -191,16 +202,16 @@ class TrainProgress:
     def update(self, entry: dict[str, Any]) -> None:
         """Take one entry of metrics.jsonl."""
         if "eval_loss" in entry:
-            self._heldout = f"  held-out {entry['eval_loss']:.4f}"
+            self._heldout = f"  held-out {entry['eval_loss']:.3f}"
             return
         left = timedelta(seconds=int(entry["left_s"]))
         figures = (
-            f"loss {entry['loss']:.4f}{self._heldout}  {entry.get('tokens_per_s', 0):,.0f} tokens/s  "
+            f"loss {entry['loss']:.3f}{self._heldout}  {entry.get('tokens_per_s', 0):,.0f} tokens/s  "
             f"{entry['memory_bytes'] / 2**30:.1f} GiB  {left} left"
         )
         step, total = entry["step"], entry["total_steps"]
         if console.is_terminal:
-            self._progress.update(self._task, total=total, completed=step, figures=figures)
+            self._progress.update(self._task, description="train", total=total, completed=step, figures=figures)
         elif step == total or step / total - self._printed >= 0.1:
             self._printed = step / total
             console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
