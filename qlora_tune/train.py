@@ -240,6 +240,8 @@ def _recorder(run: Run, setup: Setup, on_metrics: Callable[[dict[str, Any]], Non
     class Recorder(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.begin, self.first_step = time.perf_counter(), state.global_step
+            if state.best_model_checkpoint:  # kept as a path, which is wrong once the run's folder was moved
+                state.best_model_checkpoint = str(run.checkpoints / Path(state.best_model_checkpoint).name)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if stop.asked:

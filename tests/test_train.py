@@ -201,13 +201,17 @@ def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_pat
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{stopped_at}"
 
-    done = subprocess.run([*command, "--resume", str(cut.path)], capture_output=True, timeout=300)
+    moved = cut.path.rename(tmp_path / "moved")
+    cut = Run(moved)
+    done = subprocess.run([*command, "--resume", str(moved)], capture_output=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")
     for name in ("loss", "eval_loss"):
         left_alone = {e["step"]: e[name] for e in whole.read_metrics() if name in e}
         resumed = {e["step"]: e[name] for e in cut.read_metrics() if name in e}
         assert resumed == pytest.approx(left_alone, abs=1e-4)
         assert len(resumed) == (16 if name == "loss" else 4)
+    ends = [(run.adapter / "adapter_model.safetensors").read_bytes() for run in (whole, cut)]
+    assert ends[0] == ends[1]
 
 
 def wait_for_step(run: Run, step: int, process: subprocess.Popen[bytes]) -> None:
