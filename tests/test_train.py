@@ -214,6 +214,16 @@ def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_pat
     assert ends[0] == ends[1]
 
 
+def test_the_best_checkpoint_is_looked_for_where_the_run_is_now(finished: Any) -> None:
+    from transformers import TrainerControl, TrainerState
+
+    run, _, result = finished
+    state = TrainerState(best_model_checkpoint="/somewhere/else/checkpoints/checkpoint-12")
+    recorder = training._recorder(run, result.setup, lambda entry: None, training._Stop())
+    recorder.on_train_begin(None, state, TrainerControl())
+    assert state.best_model_checkpoint == str(run.checkpoints / "checkpoint-12")
+
+
 def wait_for_step(run: Run, step: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
     while not any(entry["step"] >= step for entry in run.read_metrics()):
