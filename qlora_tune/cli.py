@@ -73,13 +73,13 @@ def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[int, Parameter(help="See
     """The whole job on the built-in base and sample.jsonl."""
     sample = shipped_path("sample.jsonl")
     resolved = resolve_config({"preset": BUILTIN, "data": [str(sample)], "runs_dir": runs_dir, "seed": seed})
-    console.rule("1  check the data", align="left")
+    console.rule("check the data", align="left")
     check(sample)
-    console.rule("2  train", align="left")
+    console.rule("train", align="left")
     run = _train(resolved)
     if run is None:
         return
-    console.rule("4  export", align="left")
+    console.rule("export", align="left")
     export(run.path)
     console.rule("next", align="left")
     name, reason = _pick_auto()
@@ -370,7 +370,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
     if result.status == "stopped":
         console.print(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}", markup=False)
         raise _Stopped
-    console.rule("3  score", align="left")
+    console.rule("score", align="left")
     _score(run, config, result.model, setup)
     return run
 
@@ -379,7 +379,9 @@ def _score(run: Run, config: TrainConfig, model: Any, setup: Setup) -> None:
     from qlora_tune import evaluate as scores
 
     if not setup.data.heldout_examples or not config.score_rows:
-        console.print("No held-out rows to score on.")
+        console.print(
+            "Not scored: " + ("--score-rows is 0." if setup.data.heldout_examples else "no rows are held out.")
+        )
         return
     with terminal.scoring_progress() as progress:
         comparison = scores.compare(

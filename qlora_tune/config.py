@@ -93,7 +93,9 @@ class TrainConfig(BaseModel):
     warmup_ratio: float = setting(0.03, "Training", "Share of the steps that warm the rate up.", ge=0, lt=1)
     weight_decay: float = setting(0.0, "Training", "Decoupled weight decay of the adapter.", ge=0, le=1)
     max_grad_norm: float = setting(1.0, "Training", "Gradients above this norm are scaled down.", gt=0)
-    optim: str = setting(
+    optim: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"
+    ] = setting(
         "auto", "Training", "Optimizer, by Transformers' name; `auto`: paged_adamw_8bit on CUDA, else adamw_torch."
     )
     neftune_noise_alpha: float | None = setting(

@@ -23,6 +23,10 @@ class ModelError(TuneError):
     """A base model or adapter can't be found, loaded, or does not fit the other."""
 
 
+class MemoryLimitError(TuneError):
+    """The device's memory does not hold what was asked."""
+
+
 class RunError(TuneError):
     """A run's folder is missing, damaged, or in a state that forbids what was asked."""
 

@@ -19,7 +19,7 @@ from qlora_tune import model as models
 from qlora_tune import runs
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
-from qlora_tune.errors import RunError
+from qlora_tune.errors import MemoryLimitError, RunError
 from qlora_tune.model import Device, Quantization
 from qlora_tune.prepare import Setup, data_files, quantization_of
 from qlora_tune.runs import Run
@@ -76,9 +76,21 @@ def train(
             _save_adapter(model, run, setup, quantization)
     except BaseException as error:
         run.update_state(status="failed", reason=str(error) or type(error).__name__)
+        if type(error).__name__ == "OutOfMemoryError":
+            raise MemoryLimitError(_out_of_memory(config, setup.device)) from None
         raise
     run.update_state(status=status)
     return TrainResult(model, setup, status)
+
+
+def _out_of_memory(config: TrainConfig, device: Device) -> str:
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return (
+        f"{device.name} ran out of memory ({device.memory_bytes / 1e9:.1f} GB) with micro-batches of "
+        f"{config.per_device_train_batch_size} rows and up to {config.max_length} tokens. Try, in this order: "
+        f"--per-device-train-batch-size 1 --gradient-accumulation-steps {effective} (the same training), "
+        "--activation-checkpointing on, a smaller --max-length, a smaller preset (python -m qlora_tune presets)."
+    )
 
 
 def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:

@@ -18,7 +18,7 @@ from conftest import settings
 
 from qlora_tune import train as training
 from qlora_tune.data import load_examples
-from qlora_tune.errors import DataError, RunError
+from qlora_tune.errors import DataError, MemoryLimitError, RunError
 from qlora_tune.model import attach_adapter, load_base
 from qlora_tune.prepare import prepare, quantization_of
 from qlora_tune.runs import Run, new_run, newest_checkpoint
@@ -179,6 +179,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
             training.train(config, run, setup)
     assert run.read_state()["status"] == "failed"
     assert not list(run.path.rglob("adapter_model.safetensors"))
+
+
+def test_a_full_device_says_what_to_change(tmp_path: Path) -> None:
+    config = short(tmp_path)
+    run = new_run(config)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_fit", full)
+        with pytest.raises(MemoryLimitError, match="--per-device-train-batch-size 1 --gradient-accumulation-steps 4"):
+            training.train(config, run, prepare(config))
+    assert run.read_state()["status"] == "failed"
 
 
 def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_path: Path) -> None:
