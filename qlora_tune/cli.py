@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from rich.markup import escape
 
 from qlora_tune import __version__, terminal
@@ -17,14 +16,13 @@ from qlora_tune.config import (
     BUILTIN,
     ResolvedConfig,
     TrainConfig,
-    describe_limits,
-    describe_value,
     list_presets,
     pick_preset,
     resolve_config,
     shipped_path,
 )
 from qlora_tune.errors import ConfigError, DataError, TuneError
+from qlora_tune.flags import AnySettings, given_flags
 from qlora_tune.model import quiet_stack
 from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console
@@ -39,29 +37,6 @@ Without a command: the whole job on the built-in base and sample.jsonl, offline:
 after, export."""
 
 
-def _settings_type() -> type:
-    """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
-    fields: list[Any] = []
-    for name, field in TrainConfig.model_fields.items():
-        extra: Any = field.json_schema_extra
-        flag = name.replace("_", "-")
-        limits = describe_limits(field)
-        is_switch = field.annotation is bool
-        parameter = Parameter(
-            name=tuple(dict.fromkeys((f"--{flag}", f"--{name}"))),
-            group=Group(extra["group"]),
-            help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {describe_value(field.default)})",
-            show_default=False,
-            negative=(f"--no-{flag}",) if is_switch else (),
-            consume_multiple=False,
-        )
-        kind: Any = bool if is_switch else list[str] if "list" in str(field.annotation) else str
-        fields.append((name, Annotated[kind | None, parameter], dataclasses.field(default=None)))
-    return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
-
-
-Settings = _settings_type()
-AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
@@ -102,7 +77,7 @@ def train(
 ) -> None:
     """Train an adapter on FILES and score it on held-out rows."""
     if resume is not None:
-        given = [*files, *_given(settings), *(["config"] if config else [])]
+        given = [*files, *given_flags(settings), *(["config"] if config else [])]
         if given:
             raise ConfigError(
                 f"--resume goes on with the run's own settings; {', '.join(map(str, given))} can't be changed. "
@@ -293,14 +268,8 @@ def _suggest_command(tokens: list[str]) -> str:
     return f' Did you mean "{close[0]}"?' if close else f" Commands: {', '.join(names)}."
 
 
-def _given(settings: Any) -> dict[str, Any]:
-    if settings is None:
-        return {}
-    return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
-
-
 def _resolve(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
-    flags = _given(settings)
+    flags = given_flags(settings)
     if files:
         flags["data"] = [*files, *flags.get("data", [])]
     return resolve_config(flags, config, _pick_auto)

@@ -23,6 +23,7 @@ ORDER = [
     "evaluate",
     "export",
     "terminal",
+    "flags",
     "cli",
     "__main__",
 ]
