@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 from rich.markup import escape
 
 from qlora_tune import __version__, terminal
@@ -21,11 +24,11 @@ from qlora_tune.config import (
     resolve_config,
     shipped_path,
 )
-from qlora_tune.errors import ConfigError, DataError, TuneError
+from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
 from qlora_tune.flags import AnySettings, given_flags
 from qlora_tune.model import quiet_stack
-from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
-from qlora_tune.terminal import console
+from qlora_tune.runs import Run, latest_run, list_runs, new_run, newest_step, open_run
+from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
     from qlora_tune.export import Trained
@@ -38,6 +41,8 @@ after, export."""
 
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
+FILES_HELP = "Files of instruction-response pairs (.jsonl or .json); without any, the sample that ships with it."
+DataFiles = Annotated[str, Parameter(help=FILES_HELP)]
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
@@ -48,29 +53,26 @@ def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[int, Parameter(help="See
     """The whole job on the built-in base and sample.jsonl."""
     sample = shipped_path("sample.jsonl")
     resolved = resolve_config({"preset": BUILTIN, "data": [str(sample)], "runs_dir": runs_dir, "seed": seed})
+    resolved = dataclasses.replace(resolved, preset_reason="the default command works offline on any machine")
     console.rule("check the data", align="left")
     check(sample)
     console.rule("train", align="left")
     run = _train(resolved)
-    if run is None:
-        return
     console.rule("export", align="left")
     export(run.path)
     console.rule("next", align="left")
     name, reason = _pick_auto()
-    console.print(
+    say(
         f"chat with it:         python -m qlora_tune chat {run.path}\n"
         f"look at the tokens:   python -m qlora_tune preview\n"
         f"train on your data:   python -m qlora_tune train YOUR.jsonl\n"
-        f"preset here:          {name} ({reason})",
-        markup=False,
-        soft_wrap=True,
+        f"preset here:          {name} ({reason})"
     )
 
 
 @app.command
 def train(
-    *files: str,
+    *files: DataFiles,
     config: ConfigFile = None,
     resume: Annotated[Path | None, Parameter(help="Run to go on with, as it was set up.", show_default=False)] = None,
     settings: AnySettings = None,
@@ -85,22 +87,24 @@ def train(
             )
         _resume(resume)
         return
-    _train(_resolve(files, config, settings))
+    run = _train(_resolve(files, config, settings))
+    say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
 
 
 @app.command
-def check(*files: Path) -> None:
-    """Read FILES and report rows kept and rejected, with reasons. Loads no model."""
+def check(*files: Annotated[Path, Parameter(help=FILES_HELP)]) -> None:
+    """Read FILES and report rows kept and rejected, with reasons. Loads no model, so lengths are not checked."""
     from qlora_tune.data import load_examples
 
     _, report = load_examples(files or [shipped_path("sample.jsonl")])
     terminal.show_report(report)
+    say("Not checked: lengths, which need the base's tokenizer. See: python -m qlora_tune preview FILE")
 
 
 @app.command
 def preview(
-    *files: str,
-    rows: Annotated[int, Parameter(help="How many sequences to show.")] = 3,
+    *files: DataFiles,
+    rows: Annotated[int, Parameter(help="How many sequences to show.", validator=Number(gte=1))] = 3,
     line: Annotated[int | None, Parameter(help="Show the row of this line instead.", show_default=False)] = None,
     config: ConfigFile = None,
     settings: AnySettings = None,
@@ -122,9 +126,8 @@ def preview(
     terminal.show_report(setup.data.report)
     terminal.show_data_summary(setup.data.summary())
     ends = sum(setup.chat.end_of_turn_id in sequence.labels for sequence in setup.data.train)
-    console.print(
-        f"end-of-turn {setup.chat.end_of_turn} is learned in {ends} of {len(setup.data.train)} sequences", markup=False
-    )
+    say(f"end-of-turn {setup.chat.end_of_turn} is learned in {ends} of {len(setup.data.train)} sequences")
+    say(f"learned tokens are {'on green' if console.is_terminal else 'between ⟦ and ⟧'}")
 
 
 @app.command
@@ -179,11 +182,14 @@ def chat(
 
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ConfigError("Expected --temperature >= 0, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
+    if run is not None and run.suffix == ".zip":
+        raise RunError(f"{run}: unpack it first, then chat with the folder.")
     if run is not None and (run / "adapter_config.json").is_file():
         trained = open_adapter(run, model_name_or_path)
     else:
         trained = _open_run(_find_run(run, runs_dir), model_name_or_path)
     model = trained.load()
+    say(f"adapter {trained.adapter}, base {trained.base.name}")
 
     def reply(messages: Any, tuned: bool) -> Any:
         with contextlib.nullcontext() if tuned else model.disable_adapter():
@@ -227,17 +233,20 @@ def export(
         export_adapter(trained, found, target)
         size = target.stat().st_size / 1e6
         done = f"adapter: {target} ({size:.1f} MB; unpacked, loaded again, answers equal)"
-    console.print(done, markup=False, soft_wrap=True)
+    say(done)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 for anything the user can mend, 130 interrupted."""
-    tokens = sys.argv[1:] if arguments is None else arguments
+    tokens = [_with_dashes(token) for token in (sys.argv[1:] if arguments is None else arguments)]
     quiet_stack()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? instead of failing
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        return _fail(f"{error}{_suggest_command(tokens)}")
+        return _fail(_suggest_command(tokens) or str(error))
     except TuneError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -255,6 +264,12 @@ class _Stopped(Exception):  # noqa: N818 - a stop is no error
     code = 130
 
 
+def _with_dashes(token: str) -> str:
+    """A flag as it is declared: Transformers and TRL write --learning_rate, we --learning-rate."""
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if token.startswith("--") else token
+
+
 def _fail(message: str) -> int:
     terminal.errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     return 2
@@ -265,7 +280,8 @@ def _suggest_command(tokens: list[str]) -> str:
     if not tokens or tokens[0] in names or tokens[0].startswith("-"):
         return ""
     close = difflib.get_close_matches(tokens[0], names, n=1)
-    return f' Did you mean "{close[0]}"?' if close else f" Commands: {', '.join(names)}."
+    hint = f'Did you mean "{close[0]}"?' if close else f"Commands: {', '.join(names)}."
+    return f'There is no command "{tokens[0]}". {hint}'
 
 
 def _resolve(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
@@ -295,14 +311,14 @@ def _open_run(run: Run, model_name_or_path: str | None) -> Trained:
     return open_adapter(run.adapter, model_name_or_path or run.read_config().model_name_or_path)
 
 
-def _train(resolved: ResolvedConfig) -> Run | None:
-    """Make a run, train, score. Returns the run, or raises _Stopped when a signal ended it."""
+def _train(resolved: ResolvedConfig) -> Run:
+    """Make a run, train, score. Raises _Stopped when a signal ended it."""
     from qlora_tune.prepare import prepare
 
     setup = prepare(resolved.config)
     run = new_run(resolved.config)
     quiet_stack(run.log_file)
-    console.print(f"preset {resolved.config.preset}: {resolved.preset_reason}", markup=False)
+    say(f"preset {resolved.config.preset}: {resolved.preset_reason}")
     return _fit(run, resolved.config, setup, resume=False)
 
 
@@ -310,8 +326,11 @@ def _resume(path: Path) -> None:
     from qlora_tune.prepare import prepare
 
     run = open_run(path)
+    run.require_unfinished()
     quiet_stack(run.log_file)
     config = run.read_config()
+    step = newest_step(run)
+    say(f"going on after step {step}" if step else "no whole checkpoint was left, so this starts at step 1 again")
     _fit(run, config, prepare(config), resume=True)
 
 
@@ -320,27 +339,34 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
     from qlora_tune.train import train as fit
 
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    console.print(
+    say(
         f"run {run.path}\n"
         f"data {', '.join(data_files(config))}\n"
         f"base {setup.base.name} in {'4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else '16 bits'}, "
         f"{setup.precision}, on {setup.device.name}\n"
         f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "
-        f"LoRA r {config.lora_r}",
-        markup=False,
-        soft_wrap=True,
+        f"LoRA r {config.lora_r}"
     )
     terminal.show_data_summary(setup.data.summary())
-    if setup.data.report.rejected:
-        console.print(f"{setup.data.report.rejected} rows rejected: {run.path / 'problems.jsonl'}", markup=False)
+    if setup.data.report.problems:
+        report = setup.data.report
+        say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
+        terminal.show_problems(report)
     with terminal.TrainProgress() as progress:
         result = fit(config, run, setup, resume=resume, on_metrics=progress.update)
     if result.status == "stopped":
-        console.print(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}", markup=False)
+        say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
         raise _Stopped
+    loss = run.read_state().get("eval_loss")
+    if loss is not None:
+        say(f"held-out loss of the adapter that was kept: {loss:.4f}")
     console.rule("score", align="left")
-    _score(run, config, result.model, setup)
+    try:
+        _score(run, config, result.model, setup)
+    except KeyboardInterrupt:
+        say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
+        raise
     return run
 
 
@@ -348,9 +374,8 @@ def _score(run: Run, config: TrainConfig, model: Any, setup: Setup) -> None:
     from qlora_tune import evaluate as scores
 
     if not setup.data.heldout_examples or not config.score_rows:
-        console.print(
-            "Not scored: " + ("--score-rows is 0." if setup.data.heldout_examples else "no rows are held out.")
-        )
+        why = "--score-rows is 0" if setup.data.heldout_examples else "no rows are held out (--heldout-data FILE)"
+        say(f"not scored: {why}")
         return
     with terminal.scoring_progress() as progress:
         comparison = scores.compare(
@@ -367,4 +392,4 @@ def _score(run: Run, config: TrainConfig, model: Any, setup: Setup) -> None:
     total = comparison.total()
     run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
     terminal.show_comparison(comparison)
-    console.print(f"all answers: {run.path / 'comparison.md'}", markup=False, soft_wrap=True)
+    say(f"all answers: {run.path / 'comparison.md'}")

@@ -141,6 +141,13 @@ class TrainConfig(BaseModel):
             raise ValueError("should be a whole number of steps, or a share below 1")
         return value
 
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("should be at least 1, or -1 for no limit")
+        return value
+
     @field_validator("run_name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
@@ -225,10 +232,11 @@ def resolve_config(
     reason. Raises ConfigError listing every unknown key and every bad value with the layer it came from.
     """
     file_values = read_toml(config_file) if config_file else {}
-    asked = flags.get("preset") or file_values.get("preset")
-    if asked is None:
-        asked = "none" if {**file_values, **flags}.get("model_name_or_path") else "auto"
-    name, reason = pick_auto() if asked == "auto" else (str(asked), "as asked")
+    asked, reason = flags.get("preset") or file_values.get("preset"), "as asked"
+    if asked is None and {**file_values, **flags}.get("model_name_or_path"):
+        asked, reason = "none", "a base model was named, so its settings are the defaults"
+    asked = asked or "auto"
+    name, reason = pick_auto() if asked == "auto" else (str(asked), reason)
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if name != "none":
         layers.append((f"preset {name}", load_preset(name).settings))

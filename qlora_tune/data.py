@@ -41,6 +41,13 @@ class DataReport:
     def kept(self) -> int:
         return self.rows_in - self.rejected
 
+    def group_problems(self) -> list[tuple[int, DataProblem]]:
+        """Problems of one reason together (figures apart): how many, and the first of them; the most frequent first."""
+        groups: dict[tuple[str, str], list[DataProblem]] = {}
+        for problem in self.problems:
+            groups.setdefault((problem.action, re.sub(r"\d+", "0", problem.reason)), []).append(problem)
+        return sorted(((len(group), group[0]) for group in groups.values()), key=lambda found: -found[0])
+
 
 def read_rows(path: Path) -> Iterator[Row | DataProblem]:
     """Read one .jsonl or .json file row by row, in file order; a bad row becomes a DataProblem.
@@ -48,6 +55,8 @@ def read_rows(path: Path) -> Iterator[Row | DataProblem]:
     JSON Lines are streamed. A file whose first character is `[` is read as one array whatever its name, and a
     file that starts with `{` on several lines as one object. Raises DataError when the file can't be read at all.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Give the path of a .jsonl or .json file.")
     if path.is_dir():
         raise DataError(f"{path}: is a folder. Expected a .jsonl or .json file; name the files in it.")
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
@@ -60,8 +69,6 @@ def read_rows(path: Path) -> Iterator[Row | DataProblem]:
                 yield from _read_array(_decode_whole(file.read(), path), str(path))
             else:
                 yield from _read_lines(file, str(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Give the path of a .jsonl or .json file.") from None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}.") from None
 

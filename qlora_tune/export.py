@@ -82,6 +82,8 @@ def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
     Unpacked again and loaded on the base, it must give the answers that the run's own adapter gives, to the
     letter. Raises ExportError when it doesn't, or when a file holds a local path or a secret. Returns the zip.
     """
+    if target.suffix.lower() != ".zip" or target.is_dir():
+        raise ExportError(f"{target}: expected the name of a .zip file to write.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / target.stem
@@ -143,6 +145,8 @@ def merge_adapter(
         if source is not trained:
             divergence = _compare_distributions(trained, scratch, prompts)
         scratch.chmod(0o755)
+        for path in scratch.iterdir():
+            path.chmod(0o644)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -153,7 +157,7 @@ def write_model_card(trained: Trained, run: Run, merged_into: str | None = None)
     """The model card: what was tuned on what, how it scored, how to load it, where its limits are."""
     config = run.read_config()
     state, summary = run.read_state(), read_json(run.path / "data.json")
-    name = base_label(trained.base)
+    name = trained.base.label
     front = ["---", *_front_matter(trained.base, merged_into), "---", ""]
     kind = "merged model" if merged_into else "LoRA adapter"
     body = [
@@ -189,11 +193,6 @@ def write_model_card(trained: Trained, run: Run, merged_into: str | None = None)
     return "\n".join(front + body)
 
 
-def base_label(base: BaseModel) -> str:
-    """The base's name as it may leave this machine: a hub id, `builtin`, or a local folder's last part."""
-    return Path(base.name).name if Path(base.name).is_dir() or base.name.startswith((".", "/", "~")) else base.name
-
-
 def _merge(trained: Trained, dtype: str) -> Any:
     """Merge layer by layer in float32, so that each weight is rounded once and memory holds one such layer."""
     import torch
@@ -215,11 +214,11 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
     source = trained.adapter
     _copy(source, folder, ADAPTER_FILES + TOKENIZER_FILES)
     config = read_json(source / "adapter_config.json")
-    config["base_model_name_or_path"] = base_label(trained.base)
+    config["base_model_name_or_path"] = trained.base.label
     config["revision"] = trained.base.revision
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     record = read_json(source / models.ADAPTER_RECORD)
-    record["base_model"] = base_label(trained.base)
+    record["base_model"] = trained.base.label
     (folder / models.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_generation_config(trained, folder)
     (folder / "README.md").write_text(write_model_card(trained, run), encoding="utf-8")
@@ -314,13 +313,13 @@ def held_out_prompts(run: Run) -> list[Sequence[Message]]:
 
 
 def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:
-    lines = [f"base_model: {json.dumps(base_label(base))}"] if base.name != BUILTIN else []
+    lines = [f"base_model: {json.dumps(base.label)}"] if base.name != BUILTIN else []
     library = "transformers" if merged_into else "peft"
     return [*lines, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [qlora, lora, sft, qlora-tune]"]
 
 
 def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
-    loss = state.get("best_eval_loss")
+    loss = state.get("eval_loss")
     lines = [f"Held-out loss {loss:.4f} nats per answer token.", ""] if loss is not None else []
     path = run.path / "scores.json"
     if not path.exists():
@@ -336,9 +335,12 @@ def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
 
 
 def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
-    name = "." if merged_into else base_label(trained.base)
+    name = "." if merged_into else trained.base.label
     if trained.base.name == BUILTIN and not merged_into:
-        return ["The base is the one built into qlora-tune: `python -m qlora_tune chat FOLDER`."]
+        return [
+            "The base is the one built into qlora-tune. Install that, unpack this zip, and run "
+            "`python -m qlora_tune chat FOLDER` on the unpacked folder."
+        ]
     adapter = [] if merged_into else ["from peft import PeftModel"]
     attach = [] if merged_into else ['model = PeftModel.from_pretrained(model, ".")']
     return [
@@ -352,6 +354,7 @@ def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
         'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True,',
         '                                       enable_thinking=False, return_tensors="pt", return_dict=True)',
         f"answer = model.generate(**prompt, max_new_tokens=200, eos_token_id={stop_ids(trained.chat)})",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
     ]
 

@@ -19,7 +19,7 @@ def _settings_type() -> type:
         limits = describe_limits(field)
         is_switch = field.annotation is bool
         parameter = Parameter(
-            name=tuple(dict.fromkeys((f"--{flag}", f"--{name}"))),
+            name=f"--{flag}",
             group=Group(extra["group"]),
             help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {describe_value(field.default)})",
             show_default=False,

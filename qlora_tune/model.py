@@ -44,6 +44,12 @@ class BaseModel:
     path: Path
     fingerprint: str
 
+    @property
+    def label(self) -> str:
+        """The name as it may leave this machine: a hub id, `builtin`, or a local folder's last part."""
+        is_local = self.name != BUILTIN and (self.name.startswith((".", "/", "~")) or Path(self.name).is_dir())
+        return Path(self.name).resolve().name if is_local else self.name
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -121,7 +127,7 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f'Base model "{name}": no such folder. Expected "builtin", a folder with config.json and safetensors, '
-            'or a hub id such as "HuggingFaceTB/SmolLM2-135M".'
+            'or a hub id such as "HuggingFaceTB/SmolLM2-135M"; --model-name-or-path says where it is.'
         )
     else:
         path = _download(name, revision)

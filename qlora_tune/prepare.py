@@ -12,9 +12,9 @@ from typing import Any
 from qlora_tune import data as rows
 from qlora_tune import model as models
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
-from qlora_tune.config import TrainConfig, shipped_path
+from qlora_tune.config import TrainConfig, load_preset, shipped_path
 from qlora_tune.data import DataReport
-from qlora_tune.errors import DataError, ModelError, join_problems
+from qlora_tune.errors import ConfigError, DataError, ModelError, join_problems
 from qlora_tune.model import BaseModel, Device, Precision, Quantization
 from qlora_tune.shapes import Example
 
@@ -67,12 +67,25 @@ class Setup:
 def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
+    _refuse_other_device(config.preset, device)
     base = models.find_base(config.model_name_or_path, config.model_revision)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = device.precision if config.dtype == "auto" else config.dtype
     if precision == "float16" and device.kind == "cpu":
         raise ModelError("dtype float16 does not train on a CPU. Use auto, bfloat16 or float32.")
     return Setup(device, precision, base, tokenizer, chat, prepare_data(config, chat))
+
+
+def _refuse_other_device(preset: str, device: Device) -> None:
+    """Raise ConfigError when a GPU's preset meets a machine without one, before gigabytes are downloaded for it."""
+    if preset == "none" or device.kind == "cuda":
+        return
+    wanted = load_preset(preset)
+    if wanted.device != device.kind:
+        raise ConfigError(
+            f"Preset {preset} is for a CUDA GPU with {wanted.min_memory_gb:g} GB, and none is usable here. "
+            "Use --preset cpu-small or builtin, or name its base with --model-name-or-path to try it on the CPU."
+        )
 
 
 def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
@@ -88,6 +101,8 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
         train_examples = examples
         heldout_examples, leaks = rows.drop_seen(examples, candidates)
         report.problems += leaks
+        if not heldout_examples:
+            raise DataError(join_problems("Every held-out row is also trained on.", [str(leak) for leak in leaks]))
     else:
         train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)

@@ -60,6 +60,12 @@ class Run:
                 f"Go on with: python -m qlora_tune train --resume {self.path}"
             )
 
+    def require_unfinished(self) -> None:
+        """Raise RunError when there is nothing to go on with."""
+        status = self.read_state()["status"]
+        if status in ("running", "finished"):
+            raise RunError(f"{self.path}: this run is {status}; there is nothing to go on with.")
+
     def read_config(self) -> TrainConfig:
         return TrainConfig.model_validate(read_toml(self.path / "config.toml"))
 
@@ -171,6 +177,12 @@ def newest_checkpoint(run: Run) -> Path | None:
         if _is_whole(folder):
             return folder
     return None
+
+
+def newest_step(run: Run) -> int:
+    """The step that a resumed run goes on after; 0 where there is no whole checkpoint."""
+    checkpoint = newest_checkpoint(run)
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def remove_unsealed(run: Run) -> list[str]:

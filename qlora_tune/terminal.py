@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.box import HORIZONTALS
@@ -28,40 +28,61 @@ errors = Console(highlight=False, stderr=True)
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
 
 
+def say(text: str) -> None:
+    """Print text as it is: no markup, no line breaks that would tear a path or a command apart."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def show_report(report: DataReport) -> None:
     """Rows in, kept and rejected, by shape and task, with the first problems."""
     shapes = ", ".join(f"{count} {shape}" for shape, count in report.shapes.most_common()) or "none"
     console.print(
         f"[bold]{report.rows_in}[/] rows = [green]{report.kept} kept[/] + [red]{report.rejected} rejected[/]"
-        f" ({report.changed} of the kept were changed)   shapes: {shapes}"
+        f" ({report.changed} of the kept were changed)   shapes: {shapes}",
+        soft_wrap=True,
     )
+    show_problems(report)
     if len(report.tasks) > 1:
         tasks = ", ".join(f"{escape(task)} {count}" for task, count in sorted(report.tasks.items()))
-        console.print(f"tasks: {tasks}", style="dim")
-    for problem in report.problems[:MAX_LISTED]:
-        word = "[red]rejected[/]" if problem.action == "rejected" else "[yellow]changed[/]"
-        console.print(f"  {word} {escape(str(problem))}")
-    if len(report.problems) > MAX_LISTED:
-        console.print(f"  … and {len(report.problems) - MAX_LISTED} more")
+        console.print(f"tasks: {tasks}", style="dim", soft_wrap=True)
+
+
+def show_problems(report: DataReport) -> None:
+    """Each reason once, with how many rows it met and the first of them."""
+    groups = report.group_problems()
+    for count, first in groups[:MAX_LISTED]:
+        word = "[red]rejected[/]" if first.action == "rejected" else "[yellow]changed[/]"
+        more = f" (and {count - 1} more for such a reason)" if count > 1 else ""
+        console.print(f"  {word} {escape(str(first))}{more}", soft_wrap=True)
+    if len(groups) > MAX_LISTED:
+        console.print(f"  … and {len(groups) - MAX_LISTED} more reasons")
 
 
 def show_data_summary(summary: dict[str, Any]) -> None:
     """What will be trained on, in one line of figures."""
     share = summary["learned_tokens"] / max(summary["train_tokens"], 1)
-    console.print(
-        f"training on {summary['train_sequences']} sequences, {summary['train_tokens']:,} tokens, "
-        f"{summary['learned_tokens']:,} of them learned ({share:.0%}); longest {summary['longest_sequence']}; "
-        f"{summary['rows_heldout']} rows held out"
+    say(
+        f"training on {summary['train_sequences']} sequences, {summary['train_tokens']:,} tokens, of which "
+        f"{summary['learned_tokens']:,} (the answers) are learned ({share:.0%}); "
+        f"longest {summary['longest_sequence']} tokens; {summary['rows_heldout']} rows held out"
     )
 
 
 def show_tokens(tokenizer: Any, ids: list[int], labels: list[int]) -> Text:
-    """One sequence's tokens, those that are learned on green, control tokens in bold."""
+    """One sequence's tokens, those that are learned on green, control tokens in bold, every other one dim.
+
+    Where there are no colours, ⟦ and ⟧ stand around what is learned.
+    """
     text = Text()
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    learned = [label != -100 for label in labels]
     for position, token in enumerate(ids):
         piece = tokenizer.decode([token]).replace("\n", "⏎\n")
-        style = "black on green" if labels[position] != -100 else ("dim" if position % 2 else "")
+        style = "black on green" if learned[position] else ("dim" if position % 2 else "")
+        opens = learned[position] and not (position and learned[position - 1])
+        closes = learned[position] and not any(learned[position + 1 : position + 2])
+        if not console.is_terminal:
+            piece = f"{'⟦' if opens else ''}{piece}{'⟧' if closes else ''}"
         text.append(piece, style=f"bold {style}" if token in special else style)
     return text
 
@@ -85,17 +106,21 @@ def show_presets(presets: Iterable[Preset]) -> None:
 
 def show_config(resolved: ResolvedConfig) -> None:
     """Every setting with its value, where the value came from, and what it is."""
-    table = Table(Column("setting", no_wrap=True), Column("value", overflow="fold"), "from", "meaning", box=None)
+    wide = console.width >= 110  # below it the meaning, the widest text, would get the narrowest column
+    table = Table(Column("setting", no_wrap=True), Column("value", overflow="fold"), "from", box=None)
+    if wide:
+        table.add_column("meaning")
     for name, field in TrainConfig.model_fields.items():
         limits = describe_limits(field)
         meaning = f"{field.description}" + (f" [{limits}]" if limits else "")
         shown = describe_value(getattr(resolved.config, name))
         changed = resolved.origins[name] != "default"
-        table.add_row(
-            name, escape(shown), escape(resolved.origins[name]), escape(meaning), style="bold" if changed else None
-        )
+        cells = [name, escape(shown), escape(resolved.origins[name]), *([escape(meaning)] if wide else [])]
+        table.add_row(*cells, style="bold" if changed else None)
     console.print(table)
-    console.print(f"preset: {escape(resolved.config.preset)} ({escape(resolved.preset_reason)})")
+    if not wide:
+        say("What each means: docs/settings.md, or a wider window.")
+    say(f"preset: {resolved.config.preset} ({resolved.preset_reason})")
 
 
 def settings_markdown() -> str:
@@ -114,22 +139,21 @@ def settings_markdown() -> str:
 
 def show_runs(runs: Iterable[Run]) -> None:
     """All runs with state, base, preset, steps, losses and score."""
-    heads = ("state", "preset", "base model", "steps", "held-out loss", "score", "started")
-    table = Table(Column("run", overflow="fold"), *heads, box=None)
+    heads = ["run", "state", "preset", "steps", "held-out", "score"]
+    table = Table(*(Column(head, no_wrap=True) for head in heads), Column("base model", overflow="fold"), box=None)
     for run in runs:
         state = run.read_state()
         config = run.read_config()
-        loss = state.get("best_eval_loss")
+        loss = state.get("eval_loss")
         score = state.get("score_tuned")
         table.add_row(
             escape(run.name),
             state["status"],
             escape(config.preset),
-            escape(config.model_name_or_path),
             f"{state.get('steps', 0)}/{state.get('total_steps', '?')}",
             "" if loss is None else f"{loss:.4f}",
-            "" if score is None else f"{state['score_base']:.1%} → {score:.1%}",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(state.get("created", 0))),
+            "" if score is None else f"{state['score_base']:.0%} → {score:.0%}",
+            escape(Path(config.model_name_or_path).name),
         )
     console.print(table if table.row_count else "No runs yet. Start one: python -m qlora_tune")
 
@@ -182,7 +206,7 @@ class TrainProgress:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            *([BarColumn(bar_width=20)] if console.width >= 110 else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             console=console,
@@ -245,15 +269,15 @@ def chat_loop(reply: Reply) -> None:
     """Talk in the terminal. `reply(messages, tuned)` streams the answer of the tuned or the base model."""
     messages: list[Message] = []
     tuned = True
-    console.print(f"Chatting with the tuned model. {CHAT_HELP}", style="dim")
+    say(f"Chatting with the tuned model. {CHAT_HELP}")
     while True:
         try:
             line = console.input("[bold]you:[/] ").strip()
         except (EOFError, KeyboardInterrupt):
-            console.print()
+            say("")
             return
         command, _, rest = line.partition(" ")
-        if command in ("/quit", "/exit"):
+        if command in ("/quit", "/exit", "quit", "exit") and not rest:
             return
         if command in ("/base", "/tuned"):
             tuned = command == "/tuned"
@@ -265,7 +289,7 @@ def chat_loop(reply: Reply) -> None:
             messages = [Message(role="system", content=rest.strip())] if rest.strip() else []
             console.print("system prompt set, conversation cleared" if messages else "no system prompt", style="dim")
         elif command.startswith("/"):
-            console.print(CHAT_HELP, style="dim")
+            say(f"unknown command {command}. {CHAT_HELP}")
         elif line:
             messages.append(Message(role="user", content=line))
             answer = _stream(reply(messages, tuned), "tuned" if tuned else "base")

@@ -50,7 +50,7 @@ def train(
 
     `on_metrics` is called after every optimizer step and evaluation with what metrics.jsonl gets: step,
     total_steps, loss or eval_loss, learning_rate, grad_norm, tokens_per_s, memory_bytes, elapsed_s, left_s.
-    SIGINT and SIGTERM save a checkpoint and end training; a second one ends it at once. Raises RunError when the
+    SIGINT and SIGTERM save a checkpoint and end training; a third one ends it at once. Raises RunError when the
     loss is no longer finite, or when there is nothing sound to resume from.
     """
     checkpoint = _find_checkpoint(config, run, resume)
@@ -114,7 +114,7 @@ def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio,  # a value below 1 is a share
+        warmup_steps=int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=optim,
@@ -166,7 +166,9 @@ def _fit(
     model.set_attn_implementation("sdpa")
     _refuse_non_finite(model)
     state = trainer.state
-    run.update_state(steps=state.global_step, best_eval_loss=state.best_metric)
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    kept = state.best_metric if trainer.args.load_best_model_at_end else next(reversed(losses), None)
+    run.update_state(steps=state.global_step, eval_loss=kept)
     return "stopped" if stop.asked and state.global_step < state.max_steps else "finished"
 
 
@@ -177,6 +179,9 @@ def _build_trainer(model: Any, config: TrainConfig, run: Run, setup: Setup) -> A
 
     class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
         """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Leave no card of empty headings in the checkpoints; export writes the real one."""
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
             self.model.eval()
@@ -226,13 +231,19 @@ class _Stop:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into a wish to stop after the step; the second one raises KeyboardInterrupt."""
+    """Turn SIGINT and SIGTERM into a wish to stop after the step; the third one raises KeyboardInterrupt.
+
+    Not the second: people press Ctrl-C twice, and the checkpoint being written is what they want to keep.
+    """
     stop = _Stop()
+    asked = 0
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
+        nonlocal asked
+        asked += 1
         stop.asked = True
+        if asked > 2:
+            raise KeyboardInterrupt
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -328,16 +339,13 @@ def _find_checkpoint(config: TrainConfig, run: Run, resume: bool) -> Path | None
     """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
     if not resume:
         return None
-    status = run.read_state()["status"]
-    if status in ("running", "finished"):
-        raise RunError(f"{run.path}: this run is {status}; there is nothing to go on with.")
+    run.require_unfinished()
     seen = run.read_state().get("data_fingerprint")
     if seen and seen != runs.fingerprint_files(data_files(config)):
         raise RunError(f"{run.path}: its data files have changed since it was started. Start a new run instead.")
     runs.remove_unsealed(run)
-    checkpoint = runs.newest_checkpoint(run)
-    run.rewind_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    return checkpoint
+    run.rewind_metrics(runs.newest_step(run))
+    return runs.newest_checkpoint(run)
 
 
 def _refuse_non_finite(model: Any) -> None:
@@ -351,5 +359,6 @@ def _refuse_non_finite(model: Any) -> None:
 def _save_adapter(model: Any, run: Run, setup: Setup, quantization: Quantization) -> None:
     """Leave the adapter, its tokenizer with chat template, and its base's fingerprint in the run's folder."""
     model.save_pretrained(run.adapter, safe_serialization=True)
+    (run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form; export writes the real card
     setup.tokenizer.save_pretrained(run.adapter)
     models.write_adapter_record(run.adapter, setup.base, quantization, setup.precision)

@@ -153,7 +153,7 @@ def read_run_figures(runs: Path, dry_run: bool) -> dict[str, Any]:
     folder = max(runs.iterdir(), key=lambda path: path.stat().st_mtime)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    names = ("device", "precision", "steps", "best_eval_loss", "score_base", "score_tuned")
+    names = ("device", "precision", "steps", "eval_loss", "score_base", "score_tuned")
     figures = {name: state[name] for name in names}
     if not dry_run and figures["device"].startswith("CPU"):
         raise ValueError(f"the default command trained on {figures['device']}")

@@ -88,7 +88,12 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--resume", "nowhere", "--seed", "1"], "can't be changed"),
         (["chat", "nowhere"], "nowhere: no such run"),
         (["export"], "no run with an adapter"),
-        (["trian"], 'Did you mean "train"?'),
+        (["trian"], 'There is no command "trian". Did you mean "train"?'),
+        (["train", SAMPLE, "--max_steps", "0"], "should be at least 1, or -1 for no limit"),
+        (["train", SAMPLE, "--preset", "gpu-8gb"], "is for a CUDA GPU with 8 GB, and none is usable here"),
+        (["train", SAMPLE, "--preset", "builtin", "--heldout-data", SAMPLE], "Every held-out row is also trained on"),
+        (["preview", SAMPLE, "--rows", "-2"], "--rows"),
+        (["chat", "some.zip"], "unpack it first"),
     ],
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback_and_exits_with_2(
@@ -152,11 +157,19 @@ def test_preview_shows_the_tokens_and_counts_the_end_of_turns(capsys: pytest.Cap
     assert count == total > 1000
 
 
-def test_learned_tokens_are_coloured_and_others_are_not(builtin: Any) -> None:
+@pytest.mark.parametrize(("colours", "expected"), [(True, "b<|im_end|>"), (False, "⟦b<|im_end|>⟧")])
+def test_learned_tokens_are_coloured_or_bracketed_and_others_are_not(
+    builtin: Any, monkeypatch: pytest.MonkeyPatch, colours: bool, expected: str
+) -> None:
+    from rich.console import Console
+
+    from qlora_tune import terminal
     from qlora_tune.terminal import show_tokens
+
+    monkeypatch.setattr(terminal, "console", Console(force_terminal=colours))
 
     chat = builtin[2]
     (example,) = chat.tokenize_example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     text = show_tokens(chat.tokenizer, example.input_ids, example.labels)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
-    assert green == "b<|im_end|>"
+    assert green == expected

@@ -181,6 +181,13 @@ def test_held_out_rows_that_are_trained_on_are_left_out_and_named() -> None:
     assert "d.jsonl:1" in leaks[0].reason
 
 
+def test_problems_of_one_reason_are_grouped_whatever_their_figures(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", GOOD, {"a": 1}, {"instruction": "x", "output": 1}, {"a": 2}, {"a": 3})
+    _, report = load_examples([path])
+    groups = report.group_problems()
+    assert [(count, first.line) for count, first in groups] == [(3, 2), (1, 3)]
+
+
 def test_files_of_the_same_name_are_told_apart_by_their_folders() -> None:
     assert label_files(["a/b/x.jsonl", "c/y.jsonl"]) == {"a/b/x.jsonl": "x.jsonl", "c/y.jsonl": "y.jsonl"}
     assert set(label_files(["a/b/x.jsonl", "c/b/x.jsonl", "x.jsonl"]).values()) == {

@@ -86,6 +86,12 @@ def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, ru
         assert torch.equal(model(ids).logits, trained.load().eval()(ids).logits)
 
 
+def test_an_export_needs_the_name_of_a_zip(trained: Any, run: Any, tmp_path: Path) -> None:
+    for target in (tmp_path / "folder", tmp_path):
+        with pytest.raises(ExportError, match="name of a .zip file"):
+            export_adapter(trained, run, target)
+
+
 def test_a_private_path_or_a_token_keeps_the_export_from_leaving(trained: Any, run: Any, tmp_path: Path) -> None:
     for text in (f"see {Path.home()}/notes", "key hf_abcdefghijklmnopqrstuvwxyz0123", "from /home/someone/data.jsonl"):
         with pytest.MonkeyPatch.context() as patch:

@@ -110,7 +110,7 @@ def test_held_out_loss_is_the_mean_over_learned_tokens(finished: Any) -> None:
         total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
         tokens += int((labels[:, 1:] != -100).sum())
     best = min(entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry)
-    assert run.read_state()["best_eval_loss"] == best
+    assert run.read_state()["eval_loss"] == best
     assert total / tokens == pytest.approx(best, rel=0.01)
 
 
@@ -181,6 +181,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
     assert not list(run.path.rglob("adapter_model.safetensors"))
 
 
+def test_the_first_step_of_a_short_run_learns(tmp_path: Path) -> None:
+    run, _ = fit(short(tmp_path, max_steps="1"))
+    assert run.read_metrics()[0]["learning_rate"] == run.read_config().learning_rate
+
+
 def test_a_full_device_says_what_to_change(tmp_path: Path) -> None:
     config = short(tmp_path)
     run = new_run(config)
@@ -206,6 +211,7 @@ def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_pat
     process = subprocess.Popen([*command, *place, *flags, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_step(cut, 5, process)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # people press twice; the checkpoint must not be lost for it
     _, complaints = process.communicate(timeout=120)
     assert (process.returncode, complaints) == (130, b"")
     assert cut.read_state()["status"] == "stopped"
