@@ -31,8 +31,10 @@ from qlora_tune.runs import Run, latest_run, list_runs, new_run, newest_step, op
 from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
+    from qlora_tune.chat_format import ChatFormat
     from qlora_tune.export import Trained
     from qlora_tune.prepare import Setup
+    from qlora_tune.shapes import Example
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
 
@@ -49,7 +51,7 @@ app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--v
 
 
 @app.default
-def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[int, Parameter(help="Seed of the whole run.")] = 42) -> None:
+def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[str, Parameter(help="Seed of the whole run.")] = "42") -> None:
     """The whole job on the built-in base and sample.jsonl."""
     sample = shipped_path("sample.jsonl")
     resolved = resolve_config({"preset": BUILTIN, "data": [str(sample)], "runs_dir": runs_dir, "seed": seed})
@@ -159,11 +161,9 @@ def runs(*, runs_dir: RunsDir = "runs") -> None:
 @app.command
 def evaluate(run: Path | None = None, *, runs_dir: RunsDir = "runs") -> None:
     """Score a finished run again: base and tuned model answer the held-out rows."""
-    from qlora_tune.prepare import prepare
-
     found = _find_run(run, runs_dir)
-    config = found.read_config()
-    _score(found, config, _open_run(found, None).load(), prepare(config))
+    trained = _open_run(found, None)
+    _score(found, found.read_config(), trained.load(), trained.chat, found.read_heldout())
 
 
 @app.command
@@ -180,8 +180,8 @@ def chat(
     from qlora_tune.export import open_adapter
     from qlora_tune.generate import stream_reply
 
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ConfigError("Expected --temperature >= 0, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
+    if not 0 <= temperature < 100 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ConfigError("Expected --temperature from 0 to 100, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
     if run is not None and run.suffix == ".zip":
         raise RunError(f"{run}: unpack it first, then chat with the folder.")
     if run is not None and (run / "adapter_config.json").is_file():
@@ -240,19 +240,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 for anything the user can mend, 130 interrupted."""
     tokens = [_with_dashes(token) for token in (sys.argv[1:] if arguments is None else arguments)]
     quiet_stack()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # text that can't be shown or read must not end a run
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? instead of failing
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         return _fail(_suggest_command(tokens) or str(error))
     except TuneError as error:
         return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'this machine'}: {error.strerror or error}")
     except KeyboardInterrupt:
+        terminal.errors.print("interrupted")
         return 130
-    except BrokenPipeError:
-        return 0
     except _Stopped as stopped:
         return stopped.code
     return 0
@@ -292,7 +293,8 @@ def _resolve(files: tuple[str, ...], config: Path | None, settings: Any) -> Reso
 
 
 def _pick_auto() -> tuple[str, str]:
-    from qlora_tune.model import detect_device, is_downloaded
+    from qlora_tune.base import is_downloaded
+    from qlora_tune.model import detect_device
 
     device = detect_device()
     return pick_preset(device.kind, device.memory_bytes / 1e9, is_downloaded)
@@ -308,7 +310,7 @@ def _find_run(name: Path | None, runs_dir: str) -> Run:
 def _open_run(run: Run, model_name_or_path: str | None) -> Trained:
     from qlora_tune.export import open_adapter
 
-    return open_adapter(run.adapter, model_name_or_path or run.read_config().model_name_or_path)
+    return open_adapter(run.adapter, model_name_or_path)
 
 
 def _train(resolved: ResolvedConfig) -> Run:
@@ -354,7 +356,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
     with terminal.TrainProgress() as progress:
-        result = fit(config, run, setup, resume=resume, on_metrics=progress.update)
+        result = fit(config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
     if result.status == "stopped":
         say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
         raise _Stopped
@@ -363,25 +365,25 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
         say(f"held-out loss of the adapter that was kept: {loss:.4f}")
     console.rule("score", align="left")
     try:
-        _score(run, config, result.model, setup)
+        _score(run, config, result.model, setup.chat, setup.data.heldout_examples)
     except KeyboardInterrupt:
         say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
         raise
     return run
 
 
-def _score(run: Run, config: TrainConfig, model: Any, setup: Setup) -> None:
+def _score(run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example]) -> None:
     from qlora_tune import evaluate as scores
 
-    if not setup.data.heldout_examples or not config.score_rows:
-        why = "--score-rows is 0" if setup.data.heldout_examples else "no rows are held out (--heldout-data FILE)"
+    if not examples or not config.score_rows:
+        why = "--score-rows is 0" if examples else "no rows are held out (--heldout-data FILE)"
         say(f"not scored: {why}")
         return
     with terminal.scoring_progress() as progress:
         comparison = scores.compare(
             model,
-            setup.chat,
-            setup.data.heldout_examples,
+            chat,
+            examples,
             score_rows=config.score_rows,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.per_device_eval_batch_size,

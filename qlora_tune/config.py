@@ -7,13 +7,14 @@ each run keeps. Names are those of Transformers, PEFT and TRL wherever they have
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from qlora_tune.errors import ConfigError, join_problems
@@ -99,12 +100,16 @@ class TrainConfig(BaseModel):
         "auto", "Training", "Optimizer, by Transformers' name; `auto`: paged_adamw_8bit on CUDA, else adamw_torch."
     )
     neftune_noise_alpha: float | None = setting(
-        None, "Training", "Noise on the embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual.", gt=0
+        None,
+        "Training",
+        "Noise on the embeddings in training (NEFTune, arXiv 2310.05914); 5 is usual.",
+        gt=0,
+        le=1000,
     )
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "Training", "Recompute activations in the backward pass: slower, far less memory; `auto`: CUDA only."
     )
-    seed: int = setting(42, "Training", "Seed of the split, the order, the adapter and the noise.", ge=0)
+    seed: int = setting(42, "Training", "Seed of the split, the order, the adapter and the noise.", ge=0, lt=2**32)
 
     eval_steps: float = setting(
         0.25, "Evaluation", "Held-out loss and checkpoint every so many steps; below 1 a share of the run.", gt=0
@@ -137,7 +142,7 @@ class TrainConfig(BaseModel):
     @field_validator("eval_steps")
     @classmethod
     def _whole_steps(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
+        if not math.isfinite(value) or (value >= 1 and value != int(value)):
             raise ValueError("should be a whole number of steps, or a share below 1")
         return value
 
@@ -147,6 +152,12 @@ class TrainConfig(BaseModel):
         if value == 0:
             raise ValueError("should be at least 1, or -1 for no limit")
         return value
+
+    @model_validator(mode="after")
+    def _best_needs_loading(self) -> TrainConfig:
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience keeps the best adapter, so it needs load_best_model_at_end")
+        return self
 
     @field_validator("run_name")
     @classmethod
@@ -194,6 +205,8 @@ def load_preset(name: str) -> Preset:
     if missing:
         raise ConfigError(f"{path}: a preset needs {', '.join(missing)}. See presets/builtin.toml for the form.")
     fields = {key: content[key] for key in ("description", "device", "min_memory_gb", "settings")}
+    if not isinstance(fields["settings"], dict) or not isinstance(fields["min_memory_gb"], int | float):
+        raise ConfigError(f"{path}: [settings] must be a table and min_memory_gb a number. See presets/builtin.toml.")
     return Preset(name=path.stem, **fields)
 
 
@@ -285,6 +298,11 @@ def describe_value(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
+def validate_settings(values: Mapping[str, Any], origin: str) -> TrainConfig:
+    """Validate settings that all come from one place. Raises ConfigError naming every problem."""
+    return _validate(dict(values), dict.fromkeys(values, origin))
+
+
 def _validate(values: dict[str, Any], origins: dict[str, str]) -> TrainConfig:
     known = list(TrainConfig.model_fields)
     problems = [f"{key} ({origins[key]}): no such setting.{_suggest(key, known)}" for key in values if key not in known]
@@ -300,6 +318,8 @@ def _validate(values: dict[str, Any], origins: dict[str, str]) -> TrainConfig:
 
 
 def _explain(item: dict[str, Any], origins: dict[str, str]) -> str:
+    if not item["loc"]:  # a problem of two settings together
+        return str(item["msg"]).removeprefix("Value error, ")
     name = str(item["loc"][0])
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     about = TrainConfig.model_fields[name].description

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qlora_tune.errors import DataError, join_problems
 from qlora_tune.shapes import KNOWN_SHAPES, DataProblem, Example, Row, RowError, reject_example, to_example, type_name
@@ -52,8 +52,9 @@ class DataReport:
 def read_rows(path: Path) -> Iterator[Row | DataProblem]:
     """Read one .jsonl or .json file row by row, in file order; a bad row becomes a DataProblem.
 
-    JSON Lines are streamed. A file whose first character is `[` is read as one array whatever its name, and a
-    file that starts with `{` on several lines as one object. Raises DataError when the file can't be read at all.
+    What the file is decides its content, not its name: JSON Lines (streamed) where its first line is a whole value
+    and more follow, else one array or object. Raises DataError when it can't be read, or when a broken array leaves
+    open how many rows were lost.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file. Give the path of a .jsonl or .json file.")
@@ -63,12 +64,12 @@ def read_rows(path: Path) -> Iterator[Row | DataProblem]:
         raise DataError(f'{path}: files ending in "{path.suffix}" are not read. Expected .jsonl or .json.')
     try:
         with path.open("rb") as file:
-            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+            as_lines = _is_json_lines(file, path)
             file.seek(0)
-            if start == b"[" or (start == b"{" and path.suffix.lower() == ".json"):
-                yield from _read_array(_decode_whole(file.read(), path), str(path))
-            else:
+            if as_lines:
                 yield from _read_lines(file, str(path))
+            else:
+                yield from _read_array(_decode_whole(file.read(), path), str(path))
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}.") from None
 
@@ -128,28 +129,34 @@ def duplicate_key(example: Example) -> str:
 def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out about `share` of each task's examples, whole duplicate groups at a time.
 
-    Returns (train, heldout), both in file order. No duplicate group stands on both sides; a group larger than a
-    task's quota stays in training. At least one group is held out where there are two and share > 0.
+    Returns (train, heldout), both in file order. No duplicate group stands on both sides; a group larger than its
+    task's budget stays in training. What a task is too small to give up is carried to the next one, so that the
+    share holds over many small tasks. One group at least is held out where there are two, and one always trained on.
     """
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault(duplicate_key(example), []).append(index)
-    keys = sorted(groups)
-    random.Random(seed).shuffle(keys)
-    totals = Counter(example.task for example in examples)
-    quota = {task: share * count for task, count in totals.items()}
-    heldout: set[int] = set()
-    for key in keys:
-        members = groups[key]
-        task = examples[members[0]].task
-        # Rounded to the nearest, so that small tasks are neither always nor never held out.
-        if len(members) <= quota[task] + 0.5:
-            quota[task] -= len(members)
-            heldout.update(members)
+    by_task: dict[str, list[list[int]]] = {}
+    for key in sorted(groups):
+        by_task.setdefault(examples[groups[key][0]].task or "", []).append(groups[key])
+    draw = random.Random(seed)
+    heldout: list[list[int]] = []
+    carried = 0.0
+    for task in sorted(by_task, key=lambda _: draw.random()):
+        members = by_task[task]
+        budget = share * sum(map(len, members)) + carried
+        for group in draw.sample(members, len(members)):
+            if len(group) <= budget + 1e-9:
+                budget -= len(group)
+                heldout.append(group)
+        carried = min(budget, 1.0)
     if not heldout and share > 0 and len(groups) > 1:
-        heldout.update(groups[min(keys, key=lambda key: len(groups[key]))])
-    train = [example for index, example in enumerate(examples) if index not in heldout]
-    return train, [example for index, example in enumerate(examples) if index in heldout]
+        heldout.append(sorted(groups.values(), key=len)[0])
+    if len(heldout) == len(groups):
+        heldout = heldout[1:]
+    chosen = {index for group in heldout for index in group}
+    train = [example for index, example in enumerate(examples) if index not in chosen]
+    return train, [example for index, example in enumerate(examples) if index in chosen]
 
 
 def drop_seen(train: Sequence[Example], heldout: Sequence[Example]) -> tuple[list[Example], list[DataProblem]]:
@@ -161,6 +168,17 @@ def drop_seen(train: Sequence[Example], heldout: Sequence[Example]) -> tuple[lis
         reject_example(example, f"held out, but the same prompt is trained on at {seen[duplicate_key(example)]}")
         for example in leaks
     ]
+
+
+def _is_json_lines(file: IO[bytes], path: Path) -> bool:
+    filled = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+    first = next((line for line in filled if line), b"")
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        # A bad first line of JSON Lines, or an array or object that goes on: then it ends on a later line.
+        return not first.startswith(b"[") and not (first.startswith(b"{") and path.suffix.lower() == ".json")
+    return isinstance(value, dict) or any(filled)
 
 
 def _decode_whole(content: bytes, path: Path) -> str:
@@ -181,7 +199,7 @@ def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row | DataProblem
         except UnicodeDecodeError as error:
             lossy = content.decode(errors="backslashreplace")
             yield DataProblem(name, number, f"not UTF-8 text (byte {error.start} of the line)", original=lossy)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield DataProblem(name, number, f"not valid JSON: {_json_reason(error)}", original=content.decode())
 
 
@@ -194,15 +212,21 @@ def _read_array(text: str, name: str) -> Iterator[Row | DataProblem]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, end = _DECODER.raw_decode(text, position)
-        except ValueError as error:
-            reason = f"not valid JSON: {_json_reason(error)}; nothing from this line on could be read"
-            yield DataProblem(name, line, reason, original=text[position : position + 500])
-            return
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{name}:{line}: not valid JSON: {_json_reason(error)}. In an array no row after it can be read: mend "
+                "it there, or save the rows as JSON Lines (.jsonl), where a bad line costs only itself."
+            ) from None
         yield _as_row(value, name, line)
-        position = _skip(text, end, ",")
+        position = _skip(text, end, "" if alone else ",")
+        if alone:
+            break
     if not alone and position >= len(text):
-        end_line = text.count("\n") + 1
-        yield DataProblem(name, end_line, 'the array has no closing "]": the file may be cut off')
+        raise DataError(f'{name}: the array has no closing "]": the file is cut off. Get a whole copy.')
+    rest = text[position + (not alone) :].strip()
+    if rest:
+        last = line + text.count("\n", counted, len(text) - len(text[position:].lstrip("]").lstrip()))
+        raise DataError(f"{name}:{last}: more text after the end of the JSON. Put the rows into one array.")
 
 
 def _skip(text: str, position: int, mark: str) -> int:
@@ -216,7 +240,9 @@ def _as_row(value: Any, name: str, line: int) -> Row | DataProblem:
     return DataProblem(name, line, f"is a {type_name(value)}, expected an object", original=value)
 
 
-def _json_reason(error: ValueError) -> str:
+def _json_reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def to_markdown(comparison: Comparison) -> str:
             "",
             "Exact match on held-out rows, greedy answers.",
             "",
-            score_table(comparison),
+            score_table([*comparison.by_task(), comparison.total()]),
             "",
             "## Answers side by side",
             "",
@@ -141,12 +141,13 @@ def to_markdown(comparison: Comparison) -> str:
     )
 
 
-def score_table(comparison: Comparison) -> str:
-    """The scores by task and over all rows, as a markdown table."""
+def score_table(scores: Iterable[TaskScore]) -> str:
+    """Scores as a markdown table."""
     lines = ["| task | rows | base | tuned |", "| --- | ---: | ---: | ---: |"]
-    for score in [*comparison.by_task(), comparison.total()]:
+    for score in scores:
         rows = max(score.rows, 1)
-        lines.append(f"| {score.task} | {score.rows} | {score.base / rows:.1%} | {score.tuned / rows:.1%} |")
+        cells = [table_cell(score.task), str(score.rows), f"{score.base / rows:.1%}", f"{score.tuned / rows:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -170,10 +171,10 @@ def _side_by_side(answer: Answered) -> str:
     prompt = " ⏎ ".join(f"{turn['role']}: {turn['content']}" for turn in answer.prompt)
     mark = "✓" if is_exact_match(answer.tuned, answer.reference) else "✗"
     cells = [answer.source, prompt, answer.reference, answer.base, answer.tuned, mark]
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+    return "| " + " | ".join(table_cell(cell) for cell in cells) + " |"
 
 
-def _cell(text: str, longest: int = 300) -> str:
+def table_cell(text: str, longest: int = 300) -> str:
     """One markdown table cell: plain text on one line; HTML and pipes can't act, long text is cut in sight."""
     shown = text if len(text) <= longest else text[:longest] + " …"
     for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\r", ""), ("\n", " ⏎ "), ("`", "\\`")):

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from qlora_tune import __version__
 from qlora_tune import model as models
+from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import BUILTIN
 from qlora_tune.errors import ExportError
+from qlora_tune.evaluate import TaskScore, score_table
 from qlora_tune.generate import generate_answers, stop_ids
-from qlora_tune.model import BaseModel, Device, Precision, Quantization
+from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Message
 
@@ -34,6 +36,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"}
 # Mean KL divergence of next tokens, merged model against the adapter on the same base [nats]. Measured on this stack:
 # 7e-6 to 5e-4 when merged right and rounded to bf16, 5e-2 when merged wrong, 0.2 for a whole tuning.
 KL_LIMIT = 2e-3
@@ -66,7 +69,7 @@ def open_adapter(adapter: Path, base: str | None = None) -> Trained:
     Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
     """
     record = models.read_adapter_record(adapter)
-    found = models.find_base(base or record["base_model"], None if base else record["base_revision"])
+    found = find_base(base or record["base_model"], None if base else record["base_revision"])
     if found.fingerprint != record["base_fingerprint"]:
         models.refuse_other_base(adapter, record, found)
     quantization = Quantization(
@@ -95,7 +98,7 @@ def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(packed) as archive:
             archive.extractall(unpacked)
-        _compare_answers(trained, unpacked / target.stem, held_out_prompts(run))
+        _compare_answers(trained, unpacked / target.stem, [turns[:-1] for turns in held_out_conversations(run)])
         packed.replace(target)
     return target
 
@@ -118,7 +121,7 @@ def merge_adapter(
 
     if target.exists():
         raise ExportError(f"{target} exists. Choose another --output, or delete it.")
-    prompts = held_out_prompts(run)
+    conversations = held_out_conversations(run)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
     merged = _merge(source, dtype)
@@ -136,14 +139,14 @@ def merge_adapter(
         _clean_config(scratch / "config.json")
         _refuse_private(scratch, trained)
         del merged
-        divergence = _compare_distributions(source, scratch, prompts)
+        divergence = _compare_distributions(source, scratch, conversations)
         if not divergence <= KL_LIMIT:
             raise ExportError(
                 f"The merged model's answers differ from the adapter's: mean KL {divergence:.1e} nats, at most "
                 f"{KL_LIMIT:.0e} is expected. It was not kept."
             )
         if source is not trained:
-            divergence = _compare_distributions(trained, scratch, prompts)
+            divergence = _compare_distributions(trained, scratch, conversations)
         scratch.chmod(0o755)
         for path in scratch.iterdir():
             path.chmod(0o644)
@@ -159,11 +162,12 @@ def write_model_card(trained: Trained, run: Run, merged_into: str | None = None)
     state, summary = run.read_state(), read_json(run.path / "data.json")
     name = trained.base.label
     front = ["---", *_front_matter(trained.base, merged_into), "---", ""]
+    method = "QLoRA" if trained.quantization.load_in_4bit else "LoRA"
     kind = "merged model" if merged_into else "LoRA adapter"
     body = [
         f"# {run.name}",
         "",
-        f"A {kind}: `{name}` instruction-tuned with QLoRA by qlora-tune {__version__}.",
+        f"A {kind}: `{name}` instruction-tuned with {method} by qlora-tune {__version__}.",
         "",
         "## Trained on",
         "",
@@ -172,7 +176,7 @@ def write_model_card(trained: Trained, run: Run, merged_into: str | None = None)
         f"- {state['steps']} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
         f"learning rate {config.learning_rate:g}, LoRA r {config.lora_r}, alpha {config.lora_alpha:g}, "
         f"seed {config.seed}",
-        f"- base held in {_quantization_words(trained.quantization)}, computed in {trained.precision}",
+        f"- base held in {_quantization_words(trained)}, computed in {trained.precision}",
         "",
         "## Scores",
         "",
@@ -245,14 +249,16 @@ def _clean_config(path: Path) -> None:
 
 def _refuse_private(folder: Path, trained: Trained) -> None:
     """Raise ExportError when a text file that is about to leave holds a local path or a token."""
-    private = {str(Path.home()), str(Path.cwd()), str(trained.adapter.resolve().parent), str(trained.base.path)} - {"/"}
+    places = (Path.home(), Path.cwd(), trained.adapter.parent, trained.base.path)
+    private = {str(place.resolve()) for place in places if len(place.resolve().parts) > 2}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        found = next((entry for entry in private if len(entry) > 4 and entry in text), None)
-        # A tokenizer's vocabulary holds pieces of paths that are nobody's.
-        if not found and path.name not in TOKENIZER_FILES:
+        if path.name in VOCABULARY_FILES:  # they hold pieces of paths that are nobody's
+            continue
+        found = next((entry for entry in private if entry in text), None)
+        if not found:
             match = _LOCAL_PATH.search(text) or _SECRET.search(text)
             found = match.group() if match else None
         if found:
@@ -265,7 +271,7 @@ def _write_zip(folder: Path, target: Path) -> None:
             archive.write(path, f"{folder.name}/{path.name}")
 
 
-def _compare_answers(trained: Trained, folder: Path, prompts: list[Sequence[Message]]) -> None:
+def _compare_answers(trained: Trained, folder: Path, prompts: list[list[Message]]) -> None:
     answers = []
     for adapter in (trained.adapter, folder):
         model = trained.load(adapter)
@@ -279,7 +285,7 @@ def _compare_answers(trained: Trained, folder: Path, prompts: list[Sequence[Mess
         )
 
 
-def _compare_distributions(trained: Trained, folder: Path, prompts: list[Sequence[Message]]) -> float:
+def _compare_distributions(trained: Trained, folder: Path, conversations: list[list[Message]]) -> float:
     """Mean KL divergence of next-token distributions, adapter against merged, over prompts and answers [nats]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -292,7 +298,7 @@ def _compare_distributions(trained: Trained, folder: Path, prompts: list[Sequenc
         use_safetensors=True,
     )
     total, count = 0.0, 0
-    for ids in map(trained.chat.encode_prompt, prompts):
+    for ids in (trained.chat.tokenize_example(turns)[-1].input_ids for turns in conversations):
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             p, q = (
@@ -304,12 +310,12 @@ def _compare_distributions(trained: Trained, folder: Path, prompts: list[Sequenc
     return total / max(count, 1)
 
 
-def held_out_prompts(run: Run) -> list[Sequence[Message]]:
-    """Held-out prompts to compare on; one of our own where the run scored none."""
-    path = run.path / "scores.json"
-    answers = read_json(path)["answers"] if path.exists() else []
-    found: list[Sequence[Message]] = [answer["prompt"] for answer in answers[:COMPARED_ROWS]]
-    return found or [[Message(role="user", content="What can you do?")]]
+def held_out_conversations(run: Run) -> list[list[Message]]:
+    """Held-out rows to compare on, answers and all; one of our own where the run held none out."""
+    rows = [list(example.messages) for example in run.read_heldout()[:COMPARED_ROWS]]
+    return rows or [
+        [Message(role="user", content="What can you do?"), Message(role="assistant", content="I can talk.")]
+    ]
 
 
 def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:
@@ -325,13 +331,9 @@ def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
     if not path.exists():
         return [*lines, "Not scored."]
     scores = read_json(path)
-    table = ["| task | rows | base | tuned |", "| --- | ---: | ---: | ---: |"]
-    for row in scores["by_task"]:
-        table.append(
-            f"| {row['task']} | {row['rows']} | {row['base'] / row['rows']:.1%} | {row['tuned'] / row['rows']:.1%} |"
-        )
-    table.append(f"| all | {scores['rows']} | {scores['base']:.1%} | {scores['tuned']:.1%} |")
-    return [*lines, "Exact match on held-out rows, greedy answers:", "", *table]
+    total = TaskScore("all", scores["rows"], *(round(scores[side] * scores["rows"]) for side in ("base", "tuned")))
+    table = score_table([*(TaskScore(**row) for row in scores["by_task"]), total])
+    return [*lines, "Exact match on held-out rows, greedy answers:", "", table]
 
 
 def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
@@ -359,7 +361,8 @@ def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
     ]
 
 
-def _quantization_words(quantization: Quantization) -> str:
+def _quantization_words(trained: Trained) -> str:
+    quantization = trained.quantization
     if not quantization.load_in_4bit:
-        return "16 bits"
+        return trained.precision
     return f"4-bit {quantization.quant_type}" + (" with double quantization" if quantization.double_quant else "")

@@ -6,7 +6,6 @@ with a model is never run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import ChatFormat, ensure_chat_template
-from qlora_tune.config import BUILTIN, shipped_path
 from qlora_tune.errors import ModelError
 
 Precision = Literal["bfloat16", "float16", "float32"]
-WEIGHT_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
@@ -33,22 +31,6 @@ class Device:
     name: str
     memory_bytes: int
     precision: Precision
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """A base model's folder on this machine, the name it is known by, and a fingerprint of its weights."""
-
-    name: str
-    revision: str | None
-    path: Path
-    fingerprint: str
-
-    @property
-    def label(self) -> str:
-        """The name as it may leave this machine: a hub id, `builtin`, or a local folder's last part."""
-        is_local = self.name != BUILTIN and (self.name.startswith((".", "/", "~")) or Path(self.name).is_dir())
-        return Path(self.name).resolve().name if is_local else self.name
 
 
 @dataclass(frozen=True)
@@ -103,66 +85,6 @@ def detect_device() -> Device:
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     memory = psutil.virtual_memory().total
     return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory, "bfloat16" if fast_bf16 else "float32")
-
-
-def is_downloaded(name: str) -> bool:
-    """Whether a hub model's weights are already on this machine. Touches no network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return any(
-        isinstance(try_to_load_from_cache(name, file), str)
-        for file in ("model.safetensors", "model.safetensors.index.json")
-    )
-
-
-def find_base(name: str, revision: str | None = None) -> BaseModel:
-    """Find a base model's folder: the built-in one, a local folder, or the hub's (downloaded where needed).
-
-    Raises ModelError when it is nowhere, not reachable, gated, or holds no safetensors weights.
-    """
-    if name == BUILTIN:
-        path = shipped_path("builtin")
-    elif Path(name).is_dir():
-        path = Path(name)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f'Base model "{name}": no such folder. Expected "builtin", a folder with config.json and safetensors, '
-            'or a hub id such as "HuggingFaceTB/SmolLM2-135M"; --model-name-or-path says where it is.'
-        )
-    else:
-        path = _download(name, revision)
-    weights = sorted(path.glob("*.safetensors"))
-    if not (path / "config.json").is_file() or not weights:
-        raise ModelError(
-            f'Base model "{name}": {path.name or path} holds no config.json with safetensors weights. Other weight '
-            "formats can run code while loading and are not read."
-        )
-    _refuse_unsupported(name, json.loads((path / "config.json").read_text(encoding="utf-8")))
-    revision = path.name if name != BUILTIN and path.parent.name == "snapshots" else revision
-    return BaseModel(name, revision, path, fingerprint_weights(weights))
-
-
-def fingerprint_weights(files: Sequence[Path]) -> str:
-    """A short hash that tells base models apart, independent of folder and sharding.
-
-    Covers every tensor's name, type and shape and its first and last 512 bytes: reading 16 GB in full would take
-    a minute and tell no more about which model it is.
-    """
-    lines = []
-    for file in files:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                digest = hashlib.sha256()
-                for position in (start, max(start, end - 512)):
-                    stream.seek(8 + length + position)
-                    digest.update(stream.read(min(512, end - position)))
-                lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest.hexdigest()}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:
@@ -238,6 +160,8 @@ def attach_adapter(
 
     torch.manual_seed(seed)
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
+    if targets != "all-linear":
+        _check_targets(model, target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora_r,
@@ -248,13 +172,20 @@ def attach_adapter(
         use_dora=use_dora,
         bias="none",
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        linear = {name.split(".")[-1] for name, part in model.named_modules() if "Linear" in type(part).__name__}
+    return get_peft_model(model, config)
+
+
+def _check_targets(model: Any, target_modules: Sequence[str]) -> None:
+    """Every name must mean a linear layer: PEFT passes over unknown ones, and TRL's loss over an adapted head."""
+    head = model.get_output_embeddings()
+    linear = {name for name, part in model.named_modules() if "Linear" in type(part).__name__ and part is not head}
+    unknown = [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
         raise ModelError(
-            f"lora_target_modules {list(target_modules)}: {error} This model has {', '.join(sorted(linear))}."
-        ) from None
+            f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model. Expected all-linear, or some "
+            f"of {', '.join(known)}."
+        )
 
 
 def keep_adapter_in_fp32(model: Any) -> None:
@@ -268,6 +199,17 @@ def keep_adapter_in_fp32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+RECORD_KEYS = {
+    "base_model",
+    "base_revision",
+    "base_fingerprint",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "precision",
+}
 
 
 def write_adapter_record(folder: Path, base: BaseModel, quantization: Quantization, precision: Precision) -> None:
@@ -296,21 +238,29 @@ def read_adapter_record(folder: Path) -> dict[str, Any]:
             f"{folder}: no adapter made by qlora-tune ({', '.join(missing)} missing). Expected a run's adapter "
             "folder or an unpacked export."
         )
-    record: dict[str, Any] = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
+    try:
+        record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not set(record) >= RECORD_KEYS:
+        raise ModelError(f"{folder / ADAPTER_RECORD}: is damaged. Export the adapter again.")
     return record
 
 
 def load_adapter(model: Any, folder: Path, base: BaseModel) -> Any:
     """Put a trained adapter on its base. Raises ModelError for another base, or for missing or surplus tensors."""
     from peft import PeftModel
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     record = read_adapter_record(folder)
     if record["base_fingerprint"] != base.fingerprint:
         refuse_other_base(folder, record, base)
-    tuned = PeftModel.from_pretrained(model, folder, is_trainable=False)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            stored = set(file.keys())
+        tuned = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: the adapter is damaged: {error}") from None
     expected = {
         name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         for name, _ in tuned.named_parameters()
@@ -331,41 +281,6 @@ def refuse_other_base(folder: Path, record: dict[str, Any], base: BaseModel) -> 
         f"but the base given is {base.name} (weights {base.fingerprint[:12]}). On another base it answers nonsense; "
         "give the base it was trained on."
     )
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_PATTERNS))
-    except GatedRepoError:
-        raise ModelError(
-            f'Base model "{name}" is gated: accept its licence on the hub, then run `hf auth login`.'
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(f'Base model "{name}": the hub has no such repository. Check the id.') from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f'Base model "{name}" is not on this machine and the hub can\'t be reached ({reason}). Connect and try '
-            "again, give the path of a local folder, or use --preset builtin, which works offline."
-        ) from None
-
-
-def _refuse_unsupported(name: str, config: dict[str, Any]) -> None:
-    if config.get("auto_map"):
-        raise ModelError(f'Base model "{name}" needs code of its own to load. Such code is never run here.')
-    if config.get("quantization_config"):
-        raise ModelError(
-            f'Base model "{name}" is already quantized. Give the original 16-bit model; it is quantized on loading.'
-        )
-    # Fused experts are one 3-D tensor, which bitsandbytes leaves unquantized: memory would be several times more.
-    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if (config.get(key) or 0) > 1]
-    if experts:
-        raise ModelError(
-            f'Base model "{name}" is a mixture of experts ({experts[0]}); only dense models are supported.'
-        )
 
 
 def _keep_4bit_weights_trainable(model: Any) -> None:

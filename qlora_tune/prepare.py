@@ -6,16 +6,19 @@ What this module returns is what the preview shows and what the trainer gets.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_tune import data as rows
 from qlora_tune import model as models
+from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import TrainConfig, load_preset, shipped_path
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, join_problems
-from qlora_tune.model import BaseModel, Device, Precision, Quantization
+from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.shapes import Example
 
 
@@ -68,7 +71,7 @@ def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
     _refuse_other_device(config.preset, device)
-    base = models.find_base(config.model_name_or_path, config.model_revision)
+    base = find_base(config.model_name_or_path, config.model_revision)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = device.precision if config.dtype == "auto" else config.dtype
     if precision == "float16" and device.kind == "cpu":
@@ -90,10 +93,13 @@ def _refuse_other_device(preset: str, device: Device) -> None:
 
 def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
+    twice = [file for file, count in Counter(data_files(config)).items() if count > 1]
+    if twice:
+        raise DataError(f"{', '.join(twice)}: given twice. Name each file once; --num-train-epochs repeats rows.")
     labels = rows.label_files(data_files(config))
     examples, report = rows.load_examples(training_files(config), labels)
     if config.heldout_data:
-        candidates, more = rows.load_examples(config.heldout_data, labels)
+        candidates, more = rows.load_examples(data_files(config)[len(training_files(config)) :], labels)
         report.rows_in += more.rows_in
         report.shapes += more.shapes
         report.tasks += more.tasks
@@ -123,9 +129,9 @@ def quantization_of(config: TrainConfig) -> Quantization:
 
 def training_files(config: TrainConfig) -> list[str]:
     """The files of training rows; sample.jsonl where none is named."""
-    return config.data or [str(shipped_path("sample.jsonl"))]
+    return [str(Path(file).resolve()) for file in config.data] or [str(shipped_path("sample.jsonl"))]
 
 
 def data_files(config: TrainConfig) -> list[str]:
     """All files that a run reads, training rows first."""
-    return [*training_files(config), *config.heldout_data]
+    return [*training_files(config), *(str(Path(file).resolve()) for file in config.heldout_data)]

@@ -5,7 +5,8 @@ RUN/state.json        status, process, device, base, data fingerprint, totals
 RUN/metrics.jsonl     one line a training step and one an evaluation
 RUN/log.txt           what the libraries had to say
 RUN/data.json         rows in, kept, rejected, held out; tokens
-RUN/problems.jsonl    every rejected or changed row as it stood, with file, line and reason
+RUN/heldout.jsonl     the held-out rows that base and tuned model answer
+    RUN/problems.jsonl    every rejected or changed row as it stood, with file, line and reason
 RUN/checkpoints/      resumable states, each with a manifest of hashes
 RUN/adapter/          the trained adapter
 RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
@@ -13,6 +14,7 @@ RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,9 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tune.config import TrainConfig, read_toml
+from qlora_tune.config import TrainConfig, read_toml, validate_settings
 from qlora_tune.errors import RunError
-from qlora_tune.shapes import DataProblem
+from qlora_tune.shapes import DataProblem, Example
 
 MANIFEST = "manifest.json"
 
@@ -52,9 +54,13 @@ class Run:
     def log_file(self) -> Path:
         return self.path / "log.txt"
 
+    @property
+    def has_adapter(self) -> bool:
+        return (self.adapter / "adapter_config.json").is_file()
+
     def require_adapter(self) -> None:
         """Raise RunError with the way on when the run has no adapter yet."""
-        if not (self.adapter / "adapter_config.json").is_file():
+        if not self.has_adapter:
             raise RunError(
                 f"{self.path}: this run is {self.read_state()['status']} and has no adapter yet. "
                 f"Go on with: python -m qlora_tune train --resume {self.path}"
@@ -64,10 +70,11 @@ class Run:
         """Raise RunError when there is nothing to go on with."""
         status = self.read_state()["status"]
         if status in ("running", "finished"):
-            raise RunError(f"{self.path}: this run is {status}; there is nothing to go on with.")
+            hint = f" Score it again with: python -m qlora_tune evaluate {self.path}" if status == "finished" else ""
+            raise RunError(f"{self.path}: this run is {status}; there is nothing to go on with.{hint}")
 
     def read_config(self) -> TrainConfig:
-        return TrainConfig.model_validate(read_toml(self.path / "config.toml"))
+        return validate_settings(read_toml(self.path / "config.toml"), str(self.path / "config.toml"))
 
     def read_state(self) -> dict[str, Any]:
         """The run's state; a run whose process is gone without a last word reads as interrupted."""
@@ -105,8 +112,22 @@ class Run:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path / "metrics.jsonl")
 
+    def write_heldout(self, examples: Iterable[Example]) -> None:
+        """Keep the held-out rows themselves: scoring again must not depend on the data files of that day."""
+        lines = [json.dumps(asdict(example)) + "\n" for example in examples]
+        (self.path / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def read_heldout(self) -> list[Example]:
+        """The held-out rows that write_heldout kept."""
+        path = self.path / "heldout.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [Example(tuple(row["messages"]), row["task"], row["source"]) for row in rows]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path}: can't be read ({error}).") from None
+
     def write_problems(self, problems: Iterable[DataProblem]) -> None:
-        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+        lines = [json.dumps(asdict(problem)) + "\n" for problem in problems]
         (self.path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -128,7 +149,12 @@ def new_run(config: TrainConfig) -> Run:
     except OSError as error:
         raise RunError(f"{path}: the run's folder can't be made: {error.strerror}.") from None
     settings = {key: value for key, value in config.model_dump().items() if value is not None}
-    (path / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    # Absolute, so that the run can be resumed and opened from anywhere.
+    for key in ("data", "heldout_data"):
+        settings[key] = [str(Path(file).resolve()) for file in settings[key]]
+    if Path(config.model_name_or_path).is_dir():
+        settings["model_name_or_path"] = str(Path(config.model_name_or_path).resolve())
+    (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
     run = Run(path)
     run.update_state(status="preparing", created=time.time())
     return run
@@ -146,16 +172,20 @@ def open_run(name: str | Path, runs_dir: str | Path = "runs") -> Run:
 
 def latest_run(runs_dir: str | Path = "runs") -> Run:
     """The newest run that has an adapter. Raises RunError when there is none."""
-    finished = [run for run in list_runs(runs_dir) if (run.adapter / "adapter_config.json").is_file()]
+    finished = [run for run in list_runs(runs_dir) if run.has_adapter]
     if not finished:
         raise RunError(f"There is no run with an adapter in {runs_dir}. Train one first: qlora_tune train FILE")
     return finished[-1]
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
-    """All runs in a folder, oldest first."""
+    """All runs in a folder whose state can be read, oldest first."""
     found = [Run(path.parent) for path in Path(runs_dir).glob("*/state.json")]
-    return sorted(found, key=lambda run: run.read_state().get("created", 0))
+    created = {}
+    for run in found:
+        with contextlib.suppress(RunError):
+            created[run] = run.read_state().get("created", 0)
+    return sorted(created, key=lambda run: created[run])
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -202,12 +232,22 @@ def fingerprint_files(paths: Sequence[str | Path]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_settings(config: TrainConfig) -> str:
+    """Hash the settings that shape training; where the run's folder lies doesn't."""
+    settings = config.model_dump(exclude={"runs_dir", "run_name", "score_rows", "max_new_tokens"})
+    for key in ("data", "heldout_data", "model_name_or_path"):  # known by their content
+        settings.pop(key)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a run. Raises RunError when it is missing or damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: can't be read ({error}).") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: holds no JSON object. The file is damaged.")
     return content
 
 

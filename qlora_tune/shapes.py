@@ -5,6 +5,7 @@ A row of any shape becomes an Example, or a reason why it can't be one.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -60,6 +61,9 @@ class DataProblem:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -120,8 +124,8 @@ def _text(fields: dict[str, Any], key: str, what: str = "") -> str:
 
 
 def _read_alpaca(fields: dict[str, Any]) -> list[Message]:
-    system = _text(fields, "system") if fields.get("system") else ""
-    extra = _text(fields, "input") if fields.get("input") else ""
+    system = _text(fields, "system") if fields.get("system") is not None else ""
+    extra = _text(fields, "input") if fields.get("input") is not None else ""
     instruction = _text(fields, "instruction")
     user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     opening = [Message(role="system", content=system)] if system.strip() else []
@@ -143,7 +147,8 @@ def _read_messages(fields: dict[str, Any]) -> list[Message]:
 
 
 def _read_sharegpt(fields: dict[str, Any]) -> list[Message]:
-    opening = [Message(role="system", content=_text(fields, "system"))] if fields.get("system") else []
+    system = _text(fields, "system") if fields.get("system") is not None else ""
+    opening = [Message(role="system", content=system)] if system.strip() else []
     return opening + _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
 
 
@@ -180,6 +185,8 @@ def _check_turns(messages: list[Message]) -> None:
             raise RowError(f"turn {number} is a system turn; only the first turn may be one")
         if role != "system" and role != expected:
             raise RowError(f"turn {number} is the {role}'s, expected the {expected}'s")
+        if _SURROGATE.search(turn["content"]):
+            raise RowError(f"turn {number} ({role}) holds half a character (a lone surrogate), which is no text")
         if not turn["content"].strip():
             raise RowError(f"turn {number} ({role}) is empty")
         expected = {"system": "user", "user": "assistant", "assistant": "user"}[role]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,15 +24,33 @@ from qlora_tune.evaluate import Comparison, is_exact_match
 from qlora_tune.runs import Run
 from qlora_tune.shapes import Message
 
-console = Console(highlight=False, soft_wrap=False)
-errors = Console(highlight=False, stderr=True)
+
+class _Console(Console):
+    """A console whose reader may go away (`… | head`) without ending what is running."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False, emoji=False)
+errors = Console(highlight=False, emoji=False, stderr=True)
+# Control characters in data or answers could move the cursor, clear the screen or rename the window: shown as
+# their pictures instead.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
 
 
 def say(text: str) -> None:
     """Print text as it is: no markup, no line breaks that would tear a path or a command apart."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text from data or a model, with control characters made visible and harmless."""
+    return text.translate(_PICTURES)
 
 
 def show_report(report: DataReport) -> None:
@@ -43,7 +63,7 @@ def show_report(report: DataReport) -> None:
     )
     show_problems(report)
     if len(report.tasks) > 1:
-        tasks = ", ".join(f"{escape(task)} {count}" for task, count in sorted(report.tasks.items()))
+        tasks = ", ".join(f"{escape(printable(task))} {count}" for task, count in sorted(report.tasks.items()))
         console.print(f"tasks: {tasks}", style="dim", soft_wrap=True)
 
 
@@ -53,7 +73,7 @@ def show_problems(report: DataReport) -> None:
     for count, first in groups[:MAX_LISTED]:
         word = "[red]rejected[/]" if first.action == "rejected" else "[yellow]changed[/]"
         more = f" (and {count - 1} more for such a reason)" if count > 1 else ""
-        console.print(f"  {word} {escape(str(first))}{more}", soft_wrap=True)
+        console.print(f"  {word} {escape(printable(str(first)))}{more}", soft_wrap=True)
     if len(groups) > MAX_LISTED:
         console.print(f"  … and {len(groups) - MAX_LISTED} more reasons")
 
@@ -77,7 +97,7 @@ def show_tokens(tokenizer: Any, ids: list[int], labels: list[int]) -> Text:
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     learned = [label != -100 for label in labels]
     for position, token in enumerate(ids):
-        piece = tokenizer.decode([token]).replace("\n", "⏎\n")
+        piece = printable(tokenizer.decode([token])).replace("\n", "⏎\n")
         style = "black on green" if learned[position] else ("dim" if position % 2 else "")
         opens = learned[position] and not (position and learned[position - 1])
         closes = learned[position] and not any(learned[position + 1 : position + 2])
@@ -167,7 +187,9 @@ def show_comparison(comparison: Comparison, examples: int = 8) -> None:
         column.justify = "right"
     for score in comparison.by_task():
         rows = max(score.rows, 1)
-        table.add_row(escape(score.task), str(score.rows), f"{score.base / rows:.0%}", f"{score.tuned / rows:.0%}")
+        table.add_row(
+            escape(printable(score.task)), str(score.rows), f"{score.base / rows:.0%}", f"{score.tuned / rows:.0%}"
+        )
     total = comparison.total()
     rows = max(total.rows, 1)
     table.add_section()
@@ -197,7 +219,7 @@ def _side_by_side(comparison: Comparison, count: int) -> Table:
 
 
 def _clip(text: str, longest: int = 160) -> str:
-    return text if len(text) <= longest else text[:longest] + " …"
+    return printable(text if len(text) <= longest else text[:longest] + " …")
 
 
 class TrainProgress:
@@ -222,6 +244,10 @@ class TrainProgress:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def stopping(self) -> None:
+        """Say that a stop was asked."""
+        say("stopping after this step, then saving …")
 
     def update(self, entry: dict[str, Any]) -> None:
         """Take one entry of metrics.jsonl."""
@@ -295,6 +321,8 @@ def chat_loop(reply: Reply) -> None:
             answer = _stream(reply(messages, tuned), "tuned" if tuned else "base")
             # An empty answer can't stand in the history: templates would render a turn that never was learned.
             messages = [*messages, Message(role="assistant", content=answer)] if answer else messages[:-1]
+            if not answer:
+                say("(no answer; this turn is left out of the conversation)")
 
 
 def _stream(pieces: Iterator[str], who: str) -> str:
@@ -303,6 +331,6 @@ def _stream(pieces: Iterator[str], who: str) -> str:
     with contextlib.suppress(KeyboardInterrupt):
         for piece in pieces:
             answer += piece
-            console.print(piece, end="", markup=False, soft_wrap=True)
+            console.print(printable(piece), end="", markup=False, soft_wrap=True)
     console.print()
     return answer.strip()

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,37 +45,44 @@ def train(
     *,
     resume: bool = False,
     on_metrics: Callable[[dict[str, Any]], None] = lambda entry: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train an adapter and leave it in the run's folder.
 
     `on_metrics` is called after every optimizer step and evaluation with what metrics.jsonl gets: step,
     total_steps, loss or eval_loss, learning_rate, grad_norm, tokens_per_s, memory_bytes, elapsed_s, left_s.
     SIGINT and SIGTERM save a checkpoint and end training; a third one ends it at once. Raises RunError when the
-    loss is no longer finite, or when there is nothing sound to resume from.
+    loss is no longer finite, or when there is nothing sound to resume from. `on_stop` is called when a stop is asked.
     """
-    checkpoint = _find_checkpoint(config, run, resume)
+    checkpoint = _find_checkpoint(config, run, setup) if resume else None
     quantization = quantization_of(config)
     run.update_state(
         status="running",
         pid=os.getpid(),
         started=time.time(),
+        reason=None,
         device=setup.device.name,
         precision=setup.precision,
         base_model=setup.base.name,
         base_fingerprint=setup.base.fingerprint,
         data_fingerprint=runs.fingerprint_files(data_files(config)),
+        settings_fingerprint=runs.fingerprint_settings(config),
         total_steps=setup.total_steps(config),
     )
-    runs.write_json(run.path / "data.json", setup.data.summary())
-    run.write_problems(setup.data.report.problems)
     try:
+        runs.write_json(run.path / "data.json", setup.data.summary())
+        run.write_problems(setup.data.report.problems)
+        run.write_heldout(setup.data.heldout_examples)
         model = models.load_base(setup.base, setup.device, setup.precision, quantization)
         model = _attach(model, config)
-        status = _fit(model, config, run, setup, checkpoint, on_metrics)
+        status = _fit(model, config, run, setup, checkpoint, on_metrics, on_stop)
         if status == "finished":
             _save_adapter(model, run, setup, quantization)
+    except KeyboardInterrupt:
+        run.update_state(status="stopped")
+        raise
     except BaseException as error:
-        run.update_state(status="failed", reason=str(error) or type(error).__name__)
+        run.update_state(status="failed", reason=(str(error) or type(error).__name__)[:500])
         if type(error).__name__ == "OutOfMemoryError":
             raise MemoryLimitError(_out_of_memory(config, setup.device)) from None
         raise
@@ -151,6 +158,7 @@ def _fit(
     setup: Setup,
     checkpoint: Path | None,
     on_metrics: Callable[[dict[str, Any]], None],
+    on_stop: Callable[[], None],
 ) -> str:
     """Run SFTTrainer to its end or to a stop signal. Returns finished or stopped."""
     trainer = _build_trainer(model, config, run, setup)
@@ -158,7 +166,7 @@ def _fit(
     short = max(len(sequence.input_ids) for sequence in setup.data.train) <= SHORT_ROWS
     if setup.device.kind == "cpu" and short:
         model.set_attn_implementation("eager")
-    with _stop_on_signal() as stop:
+    with _stop_on_signal(on_stop) as stop:
         trainer.add_callback(_recorder(run, setup, on_metrics, stop))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # Off with training's autocast: scores must come from the computation that chat and exports will do.
@@ -200,8 +208,11 @@ def _build_trainer(model: Any, config: TrainConfig, run: Run, setup: Setup) -> A
     args = to_sft_config(config, run, setup)
     callbacks = []
     if config.early_stopping_patience and setup.data.heldout:
-        args = replace(args, load_best_model_at_end=True)
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        stopper = EarlyStoppingCallback(config.early_stopping_patience)
+        losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
+        # After a resume it would count from 0 again.
+        stopper.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        callbacks.append(stopper)
     trainer = MaskedTrainer(
         model=model,
         args=args,
@@ -230,7 +241,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
+def _stop_on_signal(on_stop: Callable[[], None]) -> Iterator[_Stop]:
     """Turn SIGINT and SIGTERM into a wish to stop after the step; the third one raises KeyboardInterrupt.
 
     Not the second: people press Ctrl-C twice, and the checkpoint being written is what they want to keep.
@@ -242,6 +253,8 @@ def _stop_on_signal() -> Iterator[_Stop]:
         nonlocal asked
         asked += 1
         stop.asked = True
+        if asked == 1:
+            on_stop()
         if asked > 2:
             raise KeyboardInterrupt
 
@@ -335,14 +348,21 @@ def _attach(model: Any, config: TrainConfig) -> Any:
     )
 
 
-def _find_checkpoint(config: TrainConfig, run: Run, resume: bool) -> Path | None:
+def _find_checkpoint(config: TrainConfig, run: Run, setup: Setup) -> Path | None:
     """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
-    if not resume:
-        return None
     run.require_unfinished()
-    seen = run.read_state().get("data_fingerprint")
-    if seen and seen != runs.fingerprint_files(data_files(config)):
-        raise RunError(f"{run.path}: its data files have changed since it was started. Start a new run instead.")
+    state = run.read_state()
+    now = {
+        "data files": ("data_fingerprint", runs.fingerprint_files(data_files(config))),
+        "settings": ("settings_fingerprint", runs.fingerprint_settings(config)),
+        "base model's weights": ("base_fingerprint", setup.base.fingerprint),
+    }
+    changed = [what for what, (key, value) in now.items() if state.get(key, value) != value]
+    if changed:
+        raise RunError(
+            f"{run.path}: its {' and '.join(changed)} have changed since it was started, so going on would mix two "
+            "trainings. Start a new run instead."
+        )
     runs.remove_unsealed(run)
     run.rewind_metrics(runs.newest_step(run))
     return runs.newest_checkpoint(run)

@@ -29,7 +29,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def builtin() -> tuple[Any, Any, Any]:
     """The built-in base with its tokenizer and chat format."""
-    from qlora_tune.model import find_base, load_tokenizer
+    from qlora_tune.base import find_base
+    from qlora_tune.model import load_tokenizer
 
     base = find_base("builtin")
     return base, *load_tokenizer(base.path)

@@ -15,6 +15,7 @@ ORDER = [
     "shapes",
     "data",
     "chat_format",
+    "base",
     "model",
     "prepare",
     "runs",

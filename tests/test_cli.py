@@ -91,7 +91,11 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["trian"], 'There is no command "trian". Did you mean "train"?'),
         (["train", SAMPLE, "--max_steps", "0"], "should be at least 1, or -1 for no limit"),
         (["train", SAMPLE, "--preset", "gpu-8gb"], "is for a CUDA GPU with 8 GB, and none is usable here"),
-        (["train", SAMPLE, "--preset", "builtin", "--heldout-data", SAMPLE], "Every held-out row is also trained on"),
+        (["train", "{rows}", "--preset", "builtin", "--heldout-data", "{copy}"], "held-out row is also trained on"),
+        (["train", SAMPLE, "--preset", "builtin", "--data", SAMPLE], "given twice"),
+        (["train", SAMPLE, "--early-stopping-patience", "2", "--no-load-best-model-at-end"], "needs load_best"),
+        (["train", SAMPLE, "--eval-steps", "inf"], "eval_steps = 'inf' (flag)"),
+        (["train", SAMPLE, "--preset", "builtin", "--lora-target-modules", "q_proj,typo"], "typo is no linear layer"),
         (["preview", SAMPLE, "--rows", "-2"], "--rows"),
         (["chat", "some.zip"], "unpack it first"),
     ],
@@ -106,9 +110,12 @@ def test_what_a_user_can_mend_is_said_without_a_traceback_and_exits_with_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "useless.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
-    places = {"empty": str(tmp_path / "empty.jsonl"), "useless": str(tmp_path / "useless.jsonl")}
+    for name in ("rows", "copy"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "Say hi", "completion": "hi"}\n' * 3)
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("rows", "copy")}
+    places |= {"empty": str(tmp_path / "empty.jsonl"), "useless": str(tmp_path / "useless.jsonl")}
     assert message in fail(capsys, *(argument.format(**places) for argument in arguments)).replace("\n", " ")
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/adapter"))
 
 
 def test_the_wrong_base_for_an_adapter_exits_with_2(
@@ -173,3 +180,48 @@ def test_learned_tokens_are_coloured_or_bracketed_and_others_are_not(
     text = show_tokens(chat.tokenizer, example.input_ids, example.labels)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
     assert green == expected
+
+
+def test_a_reader_that_goes_away_does_not_end_training(tmp_path: Path) -> None:
+    command = (
+        f"{sys.executable} -m qlora_tune train {SAMPLE} --preset builtin --max-steps 4 --score-rows 0 --run-name a"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "runs" / "a" / "state.json").read_text())["status"] == "finished"
+
+
+def test_control_characters_and_markup_in_data_are_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": "x", "output": "y", "task": "\x1b[2J[bold]:fire:[/]"}, {"\x1b]0;title\x07": "[/red]"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"prompt": "a", "completion": "b", "task": "t"}]))
+    assert main(["check", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "␛[2J[bold]:fire:[/]" in out
+
+
+def test_a_finished_run_is_scored_again_on_the_rows_it_kept_whatever_became_of_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(Path(SAMPLE).read_text().splitlines(keepends=True)[:60]))
+    options = ["--preset", "builtin", "--max-steps", "2", "--run-name", "a", "--runs-dir", str(tmp_path / "runs")]
+    assert main(["train", str(data), *options]) == 0
+    scores = tmp_path / "runs" / "a" / "scores.json"
+    before = json.loads(scores.read_text())
+    data.unlink()
+    scores.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "runs" / "a")]) == 0
+    assert [a["source"] for a in json.loads(scores.read_text())["answers"]] == [a["source"] for a in before["answers"]]
+    assert "nothing to go on with" in fail(capsys, "train", "--resume", str(tmp_path / "runs" / "a"))

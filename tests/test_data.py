@@ -74,6 +74,9 @@ def test_each_shape_is_recognised_and_becomes_a_conversation(
         ('{"instruction": "x", "instruction": "y", "output": "a"}', 'the key "instruction" stands twice'),
         ('{"instruction": "x", "output": NaN}', "NaN is not JSON"),
         ("[1, 2]", "is a list, expected an object"),
+        ({"instruction": "x", "input": 0, "output": "a"}, '"input" is a number, expected text'),
+        ('{"instruction": "a \\ud800 b", "output": "a"}', "half a character"),
+        ('{"instruction": ' + "[" * 100_000, "nested too deep"),
     ],
 )
 def test_a_bad_row_is_rejected_with_file_line_and_reason(tmp_path: Path, row: Any, reason: str) -> None:
@@ -104,12 +107,37 @@ def test_rows_of_an_array_keep_the_line_they_start_on(tmp_path: Path) -> None:
     assert [int(example.source.split(":")[1]) for example in examples] == [2, 9]
 
 
-def test_an_array_that_breaks_off_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps([GOOD, GOOD])[:-1], "the file is cut off"),
+        ("[" + json.dumps(GOOD) + ",\n{bad,\n" + json.dumps(GOOD) + "]", "d.json:2: not valid JSON"),
+        (json.dumps([GOOD], indent=1) + "\n" + json.dumps([GOOD]), "more text after the end of the JSON"),
+        (json.dumps(GOOD, indent=1) + json.dumps(GOOD), "more text after the end of the JSON"),
+    ],
+)
+def test_an_array_that_leaves_open_how_many_rows_were_lost_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "d.json"
-    path.write_text(json.dumps([GOOD, GOOD])[:-1])
+    path.write_text(text)
+    with pytest.raises(DataError, match=reason):
+        load_examples([path])
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize("first", [json.dumps(GOOD), '["x"]', json.dumps([GOOD])])
+def test_json_lines_are_told_by_their_content_and_a_bad_line_costs_only_itself(
+    tmp_path: Path, name: str, first: str
+) -> None:
+    path = write_lines(tmp_path / name, first, *[GOOD] * 9, "{bad", *[GOOD] * 9)
     _, report = load_examples([path])
-    assert (report.rows_in, report.kept, report.rejected) == (3, 2, 1)
-    assert "cut off" in report.problems[0].reason
+    assert report.rows_in == 20
+    assert report.kept == 18 + (first == json.dumps(GOOD))
+
+
+def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(GOOD, indent=2) + "\n")
+    assert load_examples([path])[1].kept == 1
 
 
 @pytest.mark.parametrize("text", ["\ufeff" + json.dumps(GOOD) + "\r\n", "\n\n" + json.dumps(GOOD), json.dumps([GOOD])])
@@ -166,6 +194,21 @@ def test_the_split_is_drawn_by_seed_and_by_task() -> None:
     assert {task: sum(e.task == task for e in heldout) for task in {e.task for e in heldout}} == {
         f"task {n}": 5 for n in range(4)
     }
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "share", "expected"), [(100, 4, 0.12, 48), (100, 4, 0.13, 52), (10, 2, 0.25, 5), (20, 1, 0.5, 10)]
+)
+def test_the_share_holds_over_many_small_tasks(tasks: int, rows: int, share: float, expected: int) -> None:
+    examples = make_examples([(f"q{n}", f"task {n % tasks}") for n in range(tasks * rows)])
+    train, heldout = split_heldout(examples, share, 3)
+    assert abs(len(heldout) - expected) <= 1
+    assert len(train) + len(heldout) == tasks * rows
+
+
+def test_something_is_always_left_to_train_on() -> None:
+    train, heldout = split_heldout(make_examples([("a", "t"), ("b", "u")]), 0.5, 1)
+    assert len(train) == len(heldout) == 1
 
 
 def test_a_share_of_zero_holds_nothing_out_and_two_rows_hold_one_out() -> None:

@@ -186,7 +186,9 @@ def test_a_run_without_an_adapter_says_how_to_go_on(tmp_path: Path) -> None:
         new_run(settings(runs_dir=str(tmp_path))).require_adapter()
 
 
-def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(tmp_path: Path) -> None:
+def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from conftest import settings
     from test_model import copied_base
 
@@ -195,7 +197,8 @@ def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(tmp_path: Pa
     from qlora_tune.train import train
 
     folder = copied_base(tmp_path)
-    changes = {"model_name_or_path": str(folder), "max_steps": "2", "runs_dir": str(tmp_path / "runs")}
+    monkeypatch.chdir(tmp_path)
+    changes = {"model_name_or_path": "base", "max_steps": "2", "runs_dir": str(tmp_path / "runs")}
     config = settings(score_rows="0", heldout_share="0", **changes)
     run = new_run(config)
     train(config, run, prepare(config))
@@ -204,6 +207,30 @@ def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(tmp_path: Pa
         assert all(str(tmp_path).encode() not in archive.read(name) for name in archive.namelist())
         assert json.loads(archive.read("x/qlora_tune.json"))["base_model"] == "base"
         archive.extractall(tmp_path / "received")
-    with pytest.raises(ModelError, match="no such folder"):
+    monkeypatch.chdir(tmp_path / "received")
+    with pytest.raises(ModelError, match="no such folder.*--model-name-or-path"):
         open_adapter(tmp_path / "received" / "x")
     assert open_adapter(tmp_path / "received" / "x", str(folder)).base.name == str(folder)
+
+
+def test_an_adapter_is_opened_with_the_revision_it_was_trained_on(run: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from qlora_tune import base as bases
+    from qlora_tune.config import shipped_path
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(run.adapter, folder)
+    record = json.loads((folder / "qlora_tune.json").read_text())
+    changed = {**record, "base_model": "someone/base", "base_revision": "abc123"}
+    (folder / "qlora_tune.json").write_text(json.dumps(changed))
+    asked = []
+
+    def download(name: str, revision: str | None) -> Path:
+        asked.append((name, revision))
+        return shipped_path("builtin")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bases, "_download", download)
+        open_adapter(folder)
+    assert asked == [("someone/base", "abc123")]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_tune import base as bases
 from qlora_tune import model as models
 from qlora_tune.config import shipped_path
 from qlora_tune.errors import ModelError
@@ -70,9 +71,11 @@ def test_all_linear_layers_but_the_head_get_an_adapter(builtin: Any) -> None:
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_unknown_target_layers_are_refused_with_those_that_exist(builtin: Any) -> None:
-    with pytest.raises(ModelError, match="k_proj"):
-        adapted(builtin, target_modules=["query_key_value"])
+@pytest.mark.parametrize("target", ["query_key_value", "embed_tokens", "lm_head", "typo_proj"])
+def test_targets_that_are_no_linear_layer_are_refused_with_those_that_are(builtin: Any, target: str) -> None:
+    with pytest.raises(ModelError, match=f"{target} is no linear layer .* k_proj") as caught:
+        adapted(builtin, target_modules=["q_proj", target])
+    assert "lm_head" not in str(caught.value).split("Expected")[1]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_unknown_target_layers_are_refused_with_those_that_exist(builtin: Any) -
 )
 def test_a_base_that_can_not_be_found_is_an_error(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        models.find_base(name)
+        bases.find_base(name)
 
 
 def copied_base(tmp_path: Path, **config: Any) -> Path:
@@ -106,14 +109,23 @@ def copied_base(tmp_path: Path, **config: Any) -> Path:
 )
 def test_bases_that_can_not_be_tuned_soundly_are_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        models.find_base(str(copied_base(tmp_path, **config)))
+        bases.find_base(str(copied_base(tmp_path, **config)))
 
 
 def test_weights_in_another_format_than_safetensors_are_refused(tmp_path: Path) -> None:
     folder = copied_base(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="no config.json with safetensors"):
-        models.find_base(str(folder))
+        bases.find_base(str(folder))
+
+
+def test_a_base_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = copied_base(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (weights[: len(weights) // 2], weights[:100], b""):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ModelError, match="is damaged"):
+            bases.find_base(str(folder))
 
 
 def test_the_fingerprint_follows_the_weights_not_the_folder_or_the_sharding(tmp_path: Path) -> None:
@@ -124,10 +136,10 @@ def test_the_fingerprint_follows_the_weights_not_the_folder_or_the_sharding(tmp_
     save_file({n: weights[n] for n in names[:9]}, tmp_path / "a.safetensors")
     save_file({n: weights[n] for n in names[9:]}, tmp_path / "b.safetensors", metadata={"format": "pt"})
     shards = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    assert models.fingerprint_weights(shards) == models.find_base("builtin").fingerprint
+    assert bases.fingerprint_weights(shards) == bases.find_base("builtin").fingerprint
     weights[names[0]].view(-1)[0] += 1
     save_file(weights, tmp_path / "c.safetensors")
-    assert models.fingerprint_weights([tmp_path / "c.safetensors"]) != models.find_base("builtin").fingerprint
+    assert bases.fingerprint_weights([tmp_path / "c.safetensors"]) != bases.find_base("builtin").fingerprint
 
 
 def changed_base(tmp_path: Path) -> Any:
@@ -137,7 +149,7 @@ def changed_base(tmp_path: Path) -> Any:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][:8] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return models.find_base(str(folder))
+    return bases.find_base(str(folder))
 
 
 def test_an_adapter_is_refused_on_another_base(tmp_path: Path, finished: Any) -> None:
@@ -156,6 +168,13 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path, builtin: Any, finished
     del weights[next(iter(weights))]
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="incomplete or was changed"):
+        models.load_adapter(load(builtin), folder, builtin[0])
+    whole = (finished[0].adapter / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
+    with pytest.raises(ModelError, match="the adapter is damaged"):
+        models.load_adapter(load(builtin), folder, builtin[0])
+    (folder / "qlora_tune.json").write_text("{}")
+    with pytest.raises(ModelError, match="is damaged"):
         models.load_adapter(load(builtin), folder, builtin[0])
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model.safetensors missing"):

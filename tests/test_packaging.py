@@ -31,7 +31,7 @@ def test_an_unpacked_wheel_finds_its_presets_sample_and_base_away_from_the_check
     unpacked_wheel: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import qlora_tune; from qlora_tune.config import list_presets; from qlora_tune.model import find_base;"
+        "import qlora_tune; from qlora_tune.config import list_presets; from qlora_tune.base import find_base;"
         "from qlora_tune.data import load_examples; from qlora_tune.config import shipped_path;"
         "print(qlora_tune.__file__, len(list_presets()), find_base('builtin').path,"
         "load_examples([shipped_path('sample.jsonl')])[1].kept)"

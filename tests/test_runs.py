@@ -102,6 +102,18 @@ def test_runs_are_listed_in_order_and_an_unknown_one_names_those_that_exist(run:
         latest_run(tmp_path)
 
 
+def test_a_damaged_run_does_not_hide_the_others(run: Run, tmp_path: Path) -> None:
+    second = new_run(settings(runs_dir=str(tmp_path), run_name="two"))
+    (run.path / "state.json").write_text("{")
+    assert list_runs(tmp_path) == [second]
+
+
+def test_a_run_keeps_its_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = new_run(settings(data=["x.jsonl"], runs_dir="runs", run_name="rel"))
+    assert run.read_config().data == [str(tmp_path / "x.jsonl")]
+
+
 def test_data_files_are_known_by_content_not_by_name_or_date(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("x")
