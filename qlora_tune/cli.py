@@ -272,7 +272,7 @@ def _with_dashes(token: str) -> str:
 
 
 def _fail(message: str) -> int:
-    terminal.errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    terminal.errors.print(f"[bold red]error:[/] {escape(terminal.printable(message))}", soft_wrap=True)
     return 2
 
 
