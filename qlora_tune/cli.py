@@ -27,7 +27,7 @@ from qlora_tune.config import (
 from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
 from qlora_tune.flags import AnySettings, given_flags
 from qlora_tune.model import quiet_stack
-from qlora_tune.runs import Run, latest_run, list_runs, new_run, newest_step, open_run
+from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
@@ -331,8 +331,6 @@ def _resume(path: Path) -> None:
     run.require_unfinished()
     quiet_stack(run.log_file)
     config = run.read_config()
-    step = newest_step(run)
-    say(f"going on after step {step}" if step else "no whole checkpoint was left, so this starts at step 1 again")
     _fit(run, config, prepare(config), resume=True)
 
 
@@ -355,7 +353,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
         report = setup.data.report
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
-    with terminal.TrainProgress() as progress:
+    with terminal.TrainProgress(resume) as progress:
         result = fit(config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
     if result.status == "stopped":
         say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")

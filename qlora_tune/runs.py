@@ -200,27 +200,23 @@ def seal_checkpoint(folder: Path) -> None:
     write_json(folder / MANIFEST, entries)
 
 
-def newest_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint whose manifest holds for every file; damaged ones are passed over. None: there is none."""
-    folders = run.checkpoints.glob("checkpoint-*")
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if _is_whole(folder):
-            return folder
-    return None
-
-
-def newest_step(run: Run) -> int:
-    """The step that a resumed run goes on after; 0 where there is no whole checkpoint."""
-    checkpoint = newest_checkpoint(run)
+def step_of(checkpoint: Path | None) -> int:
+    """The step that a run goes on after; 0 without a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
-def remove_unsealed(run: Run) -> list[str]:
-    """Delete checkpoints that were not finished, so that nothing ever resumes from them. Returns their names."""
-    broken = [folder for folder in run.checkpoints.glob("checkpoint-*") if not _is_whole(folder)]
-    for folder in broken:
-        shutil.rmtree(folder)
-    return [folder.name for folder in broken]
+def keep_whole_checkpoints(run: Run) -> list[Path]:
+    """Delete checkpoints whose manifest is missing or doesn't hold for every file, so that nothing resumes from them.
+
+    Returns the whole ones, oldest first. Every file is read once.
+    """
+    whole = []
+    for folder in sorted(run.checkpoints.glob("checkpoint-*"), key=step_of):
+        if _is_whole(folder):
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return whole
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:

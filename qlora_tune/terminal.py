@@ -225,7 +225,8 @@ def _clip(text: str, longest: int = 160) -> str:
 class TrainProgress:
     """Live progress of training: loss, tokens/s, memory, time left. Plain lines where there is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, resumed: bool = False) -> None:
+        self._resumed = resumed
         self._progress = Progress(
             TextColumn("{task.description}"),
             *([BarColumn(bar_width=20)] if console.width >= 110 else []),
@@ -251,6 +252,10 @@ class TrainProgress:
 
     def update(self, entry: dict[str, Any]) -> None:
         """Take one entry of metrics.jsonl."""
+        if self._resumed:
+            before = entry["step"] - 1
+            say(f"going on after step {before}" if before else "no whole checkpoint was left: starting at step 1 again")
+            self._resumed = False
         if "eval_loss" in entry:
             self._heldout = f"  held-out {entry['eval_loss']:.3f}"
             return

@@ -363,9 +363,9 @@ def _find_checkpoint(config: TrainConfig, run: Run, setup: Setup) -> Path | None
             f"{run.path}: its {' and '.join(changed)} have changed since it was started, so going on would mix two "
             "trainings. Start a new run instead."
         )
-    runs.remove_unsealed(run)
-    run.rewind_metrics(runs.newest_step(run))
-    return runs.newest_checkpoint(run)
+    checkpoint = next(reversed(runs.keep_whole_checkpoints(run)), None)
+    run.rewind_metrics(runs.step_of(checkpoint))
+    return checkpoint
 
 
 def _refuse_non_finite(model: Any) -> None:

@@ -14,13 +14,13 @@ from qlora_tune.errors import RunError
 from qlora_tune.runs import (
     Run,
     fingerprint_files,
+    keep_whole_checkpoints,
     latest_run,
     list_runs,
     new_run,
-    newest_checkpoint,
     open_run,
-    remove_unsealed,
     seal_checkpoint,
+    step_of,
 )
 
 
@@ -39,11 +39,12 @@ def checkpoint(run: Run, step: int, sealed: bool = True) -> Path:
     return folder
 
 
-def test_the_newest_whole_checkpoint_is_taken(run: Run) -> None:
-    assert newest_checkpoint(run) is None
-    checkpoint(run, 9)
-    newest = checkpoint(run, 10)
-    assert newest_checkpoint(run) == newest
+def test_whole_checkpoints_are_found_in_the_order_of_their_steps(run: Run) -> None:
+    assert keep_whole_checkpoints(run) == []
+    assert step_of(None) == 0
+    older, newest = checkpoint(run, 9), checkpoint(run, 10)
+    assert keep_whole_checkpoints(run) == [older, newest]
+    assert step_of(newest) == 10
 
 
 @pytest.mark.parametrize("damage", ["unsealed", "truncated", "changed", "missing", "manifest"])
@@ -59,9 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_removed(run: Run, damage: str) 
         (bad / "optimizer.pt").unlink()
     elif damage == "manifest":
         (bad / "manifest.json").write_text('{"adapter')
-    assert newest_checkpoint(run) == good
-    assert remove_unsealed(run) == ["checkpoint-10"]
-    assert good.exists()
+    assert keep_whole_checkpoints(run) == [good]
     assert not bad.exists()
 
 

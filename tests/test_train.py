@@ -21,7 +21,7 @@ from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, MemoryLimitError, RunError
 from qlora_tune.model import attach_adapter, load_base
 from qlora_tune.prepare import prepare, quantization_of
-from qlora_tune.runs import Run, new_run, newest_checkpoint
+from qlora_tune.runs import Run, keep_whole_checkpoints, new_run, step_of
 
 
 def rows_file(path: Path, count: int = 40) -> str:
@@ -217,14 +217,13 @@ def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_pat
     assert cut.read_state()["status"] == "stopped"
     stopped_at = max(entry["step"] for entry in cut.read_metrics())
     assert 5 <= stopped_at < 16
-    checkpoint = newest_checkpoint(cut)
-    assert checkpoint is not None
-    assert checkpoint.name == f"checkpoint-{stopped_at}"
+    assert step_of(keep_whole_checkpoints(cut)[-1]) == stopped_at
 
     moved = cut.path.rename(tmp_path / "moved")
     cut = Run(moved)
     done = subprocess.run([*command, "--resume", str(moved)], capture_output=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")
+    assert f"going on after step {stopped_at}".encode() in done.stdout
     for name in ("loss", "eval_loss"):
         left_alone = {e["step"]: e[name] for e in whole.read_metrics() if name in e}
         resumed = {e["step"]: e[name] for e in cut.read_metrics() if name in e}
