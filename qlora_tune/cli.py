@@ -342,7 +342,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
     say(
         f"run {run.path}\n"
         f"data {', '.join(data_files(config))}\n"
-        f"base {setup.base.name} in {'4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else '16 bits'}, "
+        f"base {setup.base.name} {'in 4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else 'unquantized'}, "
         f"{setup.precision}, on {setup.device.name}\n"
         f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "

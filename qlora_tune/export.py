@@ -252,11 +252,10 @@ def _refuse_private(folder: Path, trained: Trained) -> None:
     places = (Path.home(), Path.cwd(), trained.adapter.parent, trained.base.path)
     private = {str(place.resolve()) for place in places if len(place.resolve().parts) > 2}
     for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors" or not path.is_file():
+        # A vocabulary holds pieces of paths that are nobody's.
+        if path.suffix == ".safetensors" or path.name in VOCABULARY_FILES or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.name in VOCABULARY_FILES:  # they hold pieces of paths that are nobody's
-            continue
         found = next((entry for entry in private if entry in text), None)
         if not found:
             match = _LOCAL_PATH.search(text) or _SECRET.search(text)

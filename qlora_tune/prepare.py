@@ -99,7 +99,7 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     labels = rows.label_files(data_files(config))
     examples, report = rows.load_examples(training_files(config), labels)
     if config.heldout_data:
-        candidates, more = rows.load_examples(data_files(config)[len(training_files(config)) :], labels)
+        candidates, more = rows.load_examples(heldout_files(config), labels)
         report.rows_in += more.rows_in
         report.shapes += more.shapes
         report.tasks += more.tasks
@@ -129,9 +129,18 @@ def quantization_of(config: TrainConfig) -> Quantization:
 
 def training_files(config: TrainConfig) -> list[str]:
     """The files of training rows; sample.jsonl where none is named."""
-    return [str(Path(file).resolve()) for file in config.data] or [str(shipped_path("sample.jsonl"))]
+    return _absolute(config.data) or [str(shipped_path("sample.jsonl"))]
+
+
+def heldout_files(config: TrainConfig) -> list[str]:
+    """The files of rows that are held out; none where a share of the training files is."""
+    return _absolute(config.heldout_data)
 
 
 def data_files(config: TrainConfig) -> list[str]:
     """All files that a run reads, training rows first."""
-    return [*training_files(config), *(str(Path(file).resolve()) for file in config.heldout_data)]
+    return [*training_files(config), *heldout_files(config)]
+
+
+def _absolute(files: list[str]) -> list[str]:
+    return [str(Path(file).resolve()) for file in files]

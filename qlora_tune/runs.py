@@ -156,7 +156,9 @@ def new_run(config: TrainConfig) -> Run:
         settings["model_name_or_path"] = str(Path(config.model_name_or_path).resolve())
     (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
     run = Run(path)
-    run.update_state(status="preparing", created=time.time())
+    run.update_state(
+        status="preparing", created=time.time(), preset=config.preset, base_model=settings["model_name_or_path"]
+    )
     return run
 
 

@@ -61,10 +61,10 @@ def show_report(report: DataReport) -> None:
         f" ({report.changed} of the kept were changed)   shapes: {shapes}",
         soft_wrap=True,
     )
-    show_problems(report)
     if len(report.tasks) > 1:
         tasks = ", ".join(f"{escape(printable(task))} {count}" for task, count in sorted(report.tasks.items()))
         console.print(f"tasks: {tasks}", style="dim", soft_wrap=True)
+    show_problems(report)
 
 
 def show_problems(report: DataReport) -> None:
@@ -163,17 +163,16 @@ def show_runs(runs: Iterable[Run]) -> None:
     table = Table(*(Column(head, no_wrap=True) for head in heads), Column("base model", overflow="fold"), box=None)
     for run in runs:
         state = run.read_state()
-        config = run.read_config()
         loss = state.get("eval_loss")
         score = state.get("score_tuned")
         table.add_row(
             escape(run.name),
             state["status"],
-            escape(config.preset),
+            escape(state["preset"]),
             f"{state.get('steps', 0)}/{state.get('total_steps', '?')}",
             "" if loss is None else f"{loss:.4f}",
             "" if score is None else f"{state['score_base']:.0%} → {score:.0%}",
-            escape(Path(config.model_name_or_path).name),
+            escape(Path(state["base_model"]).name),
         )
     console.print(table if table.row_count else "No runs yet. Start one: python -m qlora_tune")
 

@@ -54,7 +54,12 @@ def train(
     SIGINT and SIGTERM save a checkpoint and end training; a third one ends it at once. Raises RunError when the
     loss is no longer finite, or when there is nothing sound to resume from. `on_stop` is called when a stop is asked.
     """
-    checkpoint = _find_checkpoint(config, run, setup) if resume else None
+    fingerprints = {
+        "data_fingerprint": runs.fingerprint_files(data_files(config)),
+        "settings_fingerprint": runs.fingerprint_settings(config),
+        "base_fingerprint": setup.base.fingerprint,
+    }
+    checkpoint = _find_checkpoint(run, fingerprints) if resume else None
     quantization = quantization_of(config)
     run.update_state(
         status="running",
@@ -64,9 +69,7 @@ def train(
         device=setup.device.name,
         precision=setup.precision,
         base_model=setup.base.name,
-        base_fingerprint=setup.base.fingerprint,
-        data_fingerprint=runs.fingerprint_files(data_files(config)),
-        settings_fingerprint=runs.fingerprint_settings(config),
+        **fingerprints,
         total_steps=setup.total_steps(config),
     )
     try:
@@ -348,16 +351,16 @@ def _attach(model: Any, config: TrainConfig) -> Any:
     )
 
 
-def _find_checkpoint(config: TrainConfig, run: Run, setup: Setup) -> Path | None:
+def _find_checkpoint(run: Run, fingerprints: dict[str, str]) -> Path | None:
     """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
     run.require_unfinished()
     state = run.read_state()
-    now = {
-        "data files": ("data_fingerprint", runs.fingerprint_files(data_files(config))),
-        "settings": ("settings_fingerprint", runs.fingerprint_settings(config)),
-        "base model's weights": ("base_fingerprint", setup.base.fingerprint),
+    names = {
+        "data_fingerprint": "data files",
+        "settings_fingerprint": "settings",
+        "base_fingerprint": "base model's weights",
     }
-    changed = [what for what, (key, value) in now.items() if state.get(key, value) != value]
+    changed = [names[key] for key, value in fingerprints.items() if state.get(key, value) != value]
     if changed:
         raise RunError(
             f"{run.path}: its {' and '.join(changed)} have changed since it was started, so going on would mix two "

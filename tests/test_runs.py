@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import settings
 
+from qlora_tune.cli import main
 from qlora_tune.errors import RunError
 from qlora_tune.runs import (
     Run,
@@ -101,10 +102,16 @@ def test_runs_are_listed_in_order_and_an_unknown_one_names_those_that_exist(run:
         latest_run(tmp_path)
 
 
-def test_a_damaged_run_does_not_hide_the_others(run: Run, tmp_path: Path) -> None:
+def test_a_damaged_run_does_not_hide_the_others(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second = new_run(settings(runs_dir=str(tmp_path), run_name="two"))
+    third = new_run(settings(runs_dir=str(tmp_path), run_name="three"))
     (run.path / "state.json").write_text("{")
-    assert list_runs(tmp_path) == [second]
+    (third.path / "config.toml").write_text('lora_r = "x"')
+    assert list_runs(tmp_path) == [second, third]
+    assert main(["runs", "--runs-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "two" in out
+    assert "three" in out
 
 
 def test_a_run_keeps_its_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
