@@ -79,6 +79,8 @@ class Run:
     def read_state(self) -> dict[str, Any]:
         """The run's state; a run whose process is gone without a last word reads as interrupted."""
         state = read_json(self.path / "state.json")
+        if "status" not in state:
+            raise RunError(f"{self.path / 'state.json'}: names no status. The file is damaged.")
         if state["status"] == "running" and not _is_alive(state["pid"], state["started"]):
             state["status"] = "interrupted"
         return state

@@ -168,11 +168,11 @@ def show_runs(runs: Iterable[Run]) -> None:
         table.add_row(
             escape(run.name),
             state["status"],
-            escape(state["preset"]),
+            escape(state.get("preset", "?")),
             f"{state.get('steps', 0)}/{state.get('total_steps', '?')}",
             "" if loss is None else f"{loss:.4f}",
             "" if score is None else f"{state['score_base']:.0%} → {score:.0%}",
-            escape(Path(state["base_model"]).name),
+            escape(Path(state.get("base_model", "?")).name),
         )
     console.print(table if table.row_count else "No runs yet. Start one: python -m qlora_tune")
 

@@ -105,6 +105,9 @@ def test_runs_are_listed_in_order_and_an_unknown_one_names_those_that_exist(run:
 def test_a_damaged_run_does_not_hide_the_others(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second = new_run(settings(runs_dir=str(tmp_path), run_name="two"))
     third = new_run(settings(runs_dir=str(tmp_path), run_name="three"))
+    (third.path / "state.json").write_text('{"status": "finished", "created": 1e12}')  # as an older version left it
+    (run.path / "state.json").write_text("{}")
+    assert list_runs(tmp_path) == [second, third]
     (run.path / "state.json").write_text("{")
     (third.path / "config.toml").write_text('lora_r = "x"')
     assert list_runs(tmp_path) == [second, third]
