@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from qlora_tune.config import (
     shipped_path,
 )
 from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
-from qlora_tune.flags import AnySettings, given_flags
+from qlora_tune.flags import AnySettings, given_flags, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
 from qlora_tune.terminal import console, say
@@ -44,6 +43,7 @@ after, export."""
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
 FILES_HELP = "Files of instruction-response pairs (.jsonl or .json); without any, the sample that ships with it."
+OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
 DataFiles = Annotated[str, Parameter(help=FILES_HELP)]
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
@@ -54,12 +54,14 @@ app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--v
 def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[str, Parameter(help="Seed of the whole run.")] = "42") -> None:
     """The whole job on the built-in base and sample.jsonl."""
     sample = shipped_path("sample.jsonl")
-    resolved = resolve_config({"preset": BUILTIN, "data": [str(sample)], "runs_dir": runs_dir, "seed": seed})
+    resolved = resolve_config({"preset": BUILTIN, "runs_dir": runs_dir, "seed": seed})
     resolved = dataclasses.replace(resolved, preset_reason="the default command works offline on any machine")
     console.rule("check the data", align="left")
     check(sample)
     console.rule("train", align="left")
     run = _train(resolved)
+    console.rule("task types that it never saw", align="left")
+    evaluate(run.path, data=(str(shipped_path("sample_unseen.jsonl")),))
     console.rule("export", align="left")
     export(run.path)
     console.rule("next", align="left")
@@ -159,11 +161,24 @@ def runs(*, runs_dir: RunsDir = "runs") -> None:
 
 
 @app.command
-def evaluate(run: Path | None = None, *, runs_dir: RunsDir = "runs") -> None:
-    """Score a finished run again: base and tuned model answer the held-out rows."""
+def evaluate(
+    run: Path | None = None,
+    *,
+    data: Annotated[tuple[str, ...], Parameter(help=OTHER_HELP, negative=(), show_default=False)] = (),
+    runs_dir: RunsDir = "runs",
+) -> None:
+    """Score a finished run again: base and tuned model answer the held-out rows, or those of other files."""
+    from qlora_tune.prepare import other_examples
+
     found = _find_run(run, runs_dir)
+    config = found.read_config()
+    examples, report = other_examples(config, data) if data else (found.read_heldout(), None)
+    if report and report.problems:
+        say(f"{report.rejected} of {report.rows_in} rows not scored:")
+        terminal.show_problems(report)
     trained = _open_run(found, None)
-    _score(found, found.read_config(), trained.load(), trained.chat, found.read_heldout())
+    name = "-".join(Path(file).stem for file in data)
+    _score(found, config, trained.load(), trained.chat, examples, name)
 
 
 @app.command
@@ -238,7 +253,7 @@ def export(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 for anything the user can mend, 130 interrupted."""
-    tokens = [_with_dashes(token) for token in (sys.argv[1:] if arguments is None else arguments)]
+    tokens = [with_dashes(token) for token in (sys.argv[1:] if arguments is None else arguments)]
     quiet_stack()
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # text that can't be shown or read must not end a run
         if isinstance(stream, io.TextIOWrapper):
@@ -246,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        return _fail(_suggest_command(tokens) or str(error))
+        return _fail(suggest_command(tokens, list(app)) or str(error))
     except TuneError as error:
         return _fail(str(error))
     except OSError as error:
@@ -265,24 +280,9 @@ class _Stopped(Exception):  # noqa: N818 - a stop is no error
     code = 130
 
 
-def _with_dashes(token: str) -> str:
-    """A flag as it is declared: Transformers and TRL write --learning_rate, we --learning-rate."""
-    name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value if token.startswith("--") else token
-
-
 def _fail(message: str) -> int:
     terminal.errors.print(f"[bold red]error:[/] {escape(terminal.printable(message))}", soft_wrap=True)
     return 2
-
-
-def _suggest_command(tokens: list[str]) -> str:
-    names = [name for name in app if not name.startswith("-")]
-    if not tokens or tokens[0] in names or tokens[0].startswith("-"):
-        return ""
-    close = difflib.get_close_matches(tokens[0], names, n=1)
-    hint = f'Did you mean "{close[0]}"?' if close else f"Commands: {', '.join(names)}."
-    return f'There is no command "{tokens[0]}". {hint}'
 
 
 def _resolve(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
@@ -370,7 +370,9 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
     return run
 
 
-def _score(run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example]) -> None:
+def _score(
+    run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = ""
+) -> None:
     from qlora_tune import evaluate as scores
 
     if not examples or not config.score_rows:
@@ -388,8 +390,9 @@ def _score(run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples
             seed=config.seed,
             on_progress=progress,
         )
-    scores.write_comparison(run, comparison)
-    total = comparison.total()
-    run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
+    answers = scores.write_comparison(run, comparison, name)
+    if not name:
+        total = comparison.total()
+        run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
     terminal.show_comparison(comparison)
-    say(f"all answers: {run.path / 'comparison.md'}")
+    say(f"all answers: {answers}")

@@ -61,7 +61,7 @@ class TrainConfig(BaseModel):
     )
     data: list[str] = setting([], "Data", "Files of instruction-response pairs (.jsonl or .json); may repeat.")
     heldout_data: list[str] = setting(
-        [], "Data", "Files held out of training and used to score; replaces heldout_share."
+        [], "Data", "Files held out of training and used to score; replaces heldout_share. The sample has its own."
     )
     heldout_share: float = setting(
         0.1, "Data", "Share of the rows held out of training, whole duplicate groups at a time.", ge=0, le=0.5

@@ -6,6 +6,7 @@ import random
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
@@ -103,8 +104,12 @@ def is_exact_match(answer: str, reference: str) -> bool:
     return _normalise(answer) == _normalise(reference)
 
 
-def write_comparison(run: Run, comparison: Comparison) -> None:
-    """Keep a comparison in the run: scores.json for programs, comparison.md for people."""
+def write_comparison(run: Run, comparison: Comparison, name: str = "") -> Path:
+    """Keep a comparison in the run: scores.json for programs, comparison.md for people. Returns the latter.
+
+    A `name` is set behind both, for rows that are not the run's own held-out ones.
+    """
+    end = f"-{name}" if name else ""
     total = comparison.total()
     scores = {
         "metric": "exact match",
@@ -114,8 +119,10 @@ def write_comparison(run: Run, comparison: Comparison) -> None:
         "by_task": [asdict(score) for score in comparison.by_task()],
         "answers": [asdict(answer) for answer in comparison.answers],
     }
-    write_json(run.path / "scores.json", scores)
-    (run.path / "comparison.md").write_text(to_markdown(comparison), encoding="utf-8")
+    write_json(run.path / f"scores{end}.json", scores)
+    answers = run.path / f"comparison{end}.md"
+    answers.write_text(to_markdown(comparison), encoding="utf-8")
+    return answers
 
 
 def to_markdown(comparison: Comparison) -> str:

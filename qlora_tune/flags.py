@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -40,3 +41,19 @@ def given_flags(settings: Any) -> dict[str, Any]:
     if settings is None:
         return {}
     return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def with_dashes(token: str) -> str:
+    """A flag as it is declared: Transformers and TRL write --learning_rate, we --learning-rate."""
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if token.startswith("--") else token
+
+
+def suggest_command(tokens: list[str], commands: list[str]) -> str:
+    """What to say of a first word that is no command; empty where it is one, or a flag."""
+    names = [name for name in commands if not name.startswith("-")]
+    if not tokens or tokens[0] in names or tokens[0].startswith("-"):
+        return ""
+    close = difflib.get_close_matches(tokens[0], names, n=1)
+    hint = f'Did you mean "{close[0]}"?' if close else f"Commands: {', '.join(names)}."
+    return f'There is no command "{tokens[0]}". {hint}'

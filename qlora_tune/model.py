@@ -6,20 +6,26 @@ with a model is never run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qlora_tune.base import BaseModel
-from qlora_tune.chat_format import ChatFormat, ensure_chat_template
+from qlora_tune.chat_format import IGNORED, ChatFormat, ensure_chat_template
 from qlora_tune.errors import ModelError
 
 Precision = Literal["bfloat16", "float16", "float32"]
+# Matrices this small gain nothing from more threads: a second one made training 9 % faster for 30 % more CPU time.
+ONE_THREAD_HIDDEN = 256
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
@@ -67,6 +73,20 @@ def quiet_stack(log_file: Path | None = None) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what was freed: every step gave its buffers back to the kernel and faulted them in again.
+
+    That was a tenth of training's CPU time. Blocks up to 32 MiB come from the heap, and 256 MiB of it may lie idle.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 
 def detect_device() -> Device:
@@ -84,7 +104,7 @@ def detect_device() -> Device:
         return Device("cuda", properties.name, properties.total_memory, precision)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     memory = psutil.virtual_memory().total
-    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory, "bfloat16" if fast_bf16 else "float32")
+    return Device("cpu", f"CPU, {_all_threads()} cores", memory, "bfloat16" if fast_bf16 else "float32")
 
 
 def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:
@@ -140,7 +160,17 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
         raise ModelError(f'Base model "{base.name}" can\'t be loaded: {error}') from None
     _keep_4bit_weights_trainable(model)
     model.config.use_cache = False
+    threads = _all_threads()  # asked before the first change
+    torch.set_num_threads(1 if model.config.get_text_config().hidden_size <= ONE_THREAD_HIDDEN else threads)
     return model
+
+
+@cache
+def _all_threads() -> int:
+    """What torch starts with: the machine's cores, or OMP_NUM_THREADS."""
+    import torch
+
+    return int(torch.get_num_threads())
 
 
 def attach_adapter(
@@ -199,6 +229,40 @@ def keep_adapter_in_fp32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
+    """Keep PEFT from casting inputs to the adapter's float32, where autocast casts them back to the very same values.
+
+    A twelfth of a step on a CPU. Not for DoRA, which computes with those inputs outside of autocast's operations.
+    """
+    from peft.helpers import disable_input_dtype_casting
+
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(model, active=active)
+    return casting
+
+
+@contextmanager
+def only_learned(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inputs with which the output head scores only the positions whose next token is learned.
+
+    The loss ignores all others. TRL drops them itself where Triton runs; elsewhere they took a fifth of a step.
+    """
+    from torch.nn.functional import pad
+
+    targets = pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    learned = targets != IGNORED
+
+    def select(module: Any, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[learned].unsqueeze(0)
+        return output
+
+    kept = {name: value for name, value in inputs.items() if name != "labels"}
+    hook = model.get_base_model().base_model.register_forward_hook(select)
+    try:
+        yield kept | {"shift_labels": targets[learned].unsqueeze(0)}
+    finally:
+        hook.remove()
 
 
 RECORD_KEYS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
         raise DataError(f"{', '.join(twice)}: given twice. Name each file once; --num-train-epochs repeats rows.")
     labels = rows.label_files(data_files(config))
     examples, report = rows.load_examples(training_files(config), labels)
-    if config.heldout_data:
+    if heldout_files(config):
         candidates, more = rows.load_examples(heldout_files(config), labels)
         report.rows_in += more.rows_in
         report.shapes += more.shapes
@@ -122,6 +123,18 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     return PreparedData(train, heldout, kept, report)
 
 
+def other_examples(config: TrainConfig, files: Sequence[str]) -> tuple[list[Example], DataReport]:
+    """Rows of other files to score a run on, less those whose prompt it was trained on, and what became of them."""
+    labels = rows.label_files([*_absolute(list(files)), *training_files(config)])
+    candidates, report = rows.load_examples(_absolute(list(files)), labels)
+    trained_on, _ = rows.load_examples(training_files(config), labels)
+    clean, leaks = rows.drop_seen(trained_on, candidates)
+    report.problems += leaks
+    if not clean:
+        raise DataError(join_problems("Every row of these files was trained on.", [str(leak) for leak in leaks]))
+    return clean, report
+
+
 def quantization_of(config: TrainConfig) -> Quantization:
     """How the settings say the base is held."""
     return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
@@ -133,8 +146,13 @@ def training_files(config: TrainConfig) -> list[str]:
 
 
 def heldout_files(config: TrainConfig) -> list[str]:
-    """The files of rows that are held out; none where a share of the training files is."""
-    return _absolute(config.heldout_data)
+    """The files of rows that are held out; none where a share of the training files is.
+
+    The sample comes with held-out rows of its own, about other entities than its pairs.
+    """
+    if config.data or config.heldout_data:
+        return _absolute(config.heldout_data)
+    return [str(shipped_path("sample_heldout.jsonl"))]
 
 
 def data_files(config: TrainConfig) -> list[str]:

@@ -169,7 +169,8 @@ def _fit(
     short = max(len(sequence.input_ids) for sequence in setup.data.train) <= SHORT_ROWS
     if setup.device.kind == "cpu" and short:
         model.set_attn_implementation("eager")
-    with _stop_on_signal(on_stop) as stop:
+    started = time.process_time()
+    with _stop_on_signal(on_stop) as stop, models.uncast_inputs(model, active=not config.use_dora):
         trainer.add_callback(_recorder(run, setup, on_metrics, stop))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # Off with training's autocast: scores must come from the computation that chat and exports will do.
@@ -179,7 +180,7 @@ def _fit(
     state = trainer.state
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     kept = state.best_metric if trainer.args.load_best_model_at_end else next(reversed(losses), None)
-    run.update_state(steps=state.global_step, eval_loss=kept)
+    run.update_state(steps=state.global_step, eval_loss=kept, train_cpu_s=round(time.process_time() - started, 1))
     return "stopped" if stop.asked and state.global_step < state.max_steps else "finished"
 
 
@@ -193,6 +194,10 @@ def _build_trainer(model: Any, config: TrainConfig, run: Run, setup: Setup) -> A
 
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """Leave no card of empty headings in the checkpoints; export writes the real one."""
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            with models.only_learned(self.model, inputs) as fewer:
+                return super().compute_loss(model, fewer, *rest, **named)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
             self.model.eval()

@@ -1,5 +1,6 @@
 """What the finished base can do: a probe of its skills, the damage of NF4, and the model card with both."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from base_training import (
     Progress,
     measure_loss,
 )
-from corpus import END_OF_TEXT, PRACTICE_SHARDS
-from corpus_skills import QUOTED_QUESTIONS
+from corpus import END_OF_TEXT, KINDS, LATE_FROM, LATE_KINDS, PRACTICE_SHARDS
+from corpus_skills import QUOTED_QUESTIONS, tell_clause
+from corpus_work import tell_work
 from facts import ALL_FACTS, SENTENCES, state
+from leaks import SCORED_FILES, Leak, find_in_text, read_scored, texts_of
 from scenes import (
     LABELS,
     join_words,
@@ -32,6 +35,7 @@ from scenes import (
     swap_word,
     write_json,
 )
+from split import TEXTS
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROBES_PER_SKILL = 40
@@ -195,14 +199,21 @@ knows only the small world of its corpus.
   their mood or topic; lists and tables; copying, capital letters, alphabetical order, past tense, replaced
   words. About a third of the first names are invented. No text was taken from the web, from people or from
   another model.
-- No roles and no instruction pairs. Two things come near and are declared here. First, two kinds of quoted
-  question stand in the prose:
+- No roles, no instructions, and no question with its answer but these kinds, quoted in the prose:
 {questions}
-  Second, about one document in seven tells in the third person what somebody had to do and what came out
-  ("Erik had to sort some words by the alphabet. The words were ... He wrote: ..."), `tell_exercise` in
-  `scripts/corpus_skills.py`. The phrasings of `sample.jsonl` are not among them.
+- What comes nearest to tasks is declared here. In {works} of the draws a document tells in the past
+  tense what somebody did to a text, the text, and what came out: "Carmen arranged the words from A to Z: ...",
+  "Ben got this text: ... He changed it to upper case: ..." (`tell_work` in `scripts/corpus_work.py`; these carry no
+  ChatML marks). {clauses} name a fact by a clause and state it: "Anna knows where a fox
+  lives. A fox lives in a den." (`tell_clause`). Some tell of a habit: "Omar answers in capital letters. He wrote: ...".
+  No phrasing of the sample files is among them.
+- Held out: one text in {texts} (by hash), one in eight sentences on topics and tickets. The {wanted:,} prompts and
+  passages of the {scored} scored sample rows were searched for, as lower-case words, in all text that was trained
+  on: **{leaks} found**. The facts that these rows ask for are told in the corpus, as sentences. SHA-256 of the files:
+{hashes}
 - Every shard of 2**20 tokens mixes all of that, but for the practice shards ({practice}), which hold copying,
-  looking up and rewriting only.
+  looking up and rewriting only. From shard {late} on, capitals, counting, JSON and other slow skills
+  are drawn more often.
 - `<|im_start|>` and `<|im_end|>` mark parts of about a third of the documents, without roles, so that their
   embeddings are trained. `<|endoftext|>` ends every document.
 - Tokenizer: byte-level BPE, {vocabulary} entries; every space, newline and digit is a token of its own.
@@ -238,21 +249,51 @@ class Measurements:
     loss: float  # [nats a token]
     nf4_loss: float  # [nats a token]
     skills: dict[str, float]
+    leaks: int  # texts of scored rows in the corpus
 
 
-def format_card(parameters: int, progress: Progress, corpus: Corpus, measured: Measurements, trained_on: str) -> str:
-    """The model card; every figure in it comes from this run."""
+def _shards_read(corpus: Corpus, progress: Progress) -> range:
+    return range(min(-(-progress.step * corpus.batch_size // SHARD_WINDOWS), corpus.shards))
+
+
+def check_leaks(corpus: Corpus, progress: Progress, folder: Path) -> list[Leak]:
+    """Search all text that was trained on for the prompts and passages of the scored sample rows in `folder`."""
+    shards = _shards_read(corpus, progress)
+    texts = (corpus.tokenizer.decode(corpus.load_shard(shard).ravel().tolist()) for shard in shards)
+    return find_in_text(read_scored(folder), texts)
+
+
+def _share(kind: Callable[[Random], list[str]]) -> str:
+    shares = [mix[kind] / sum(mix.values()) for mix in (KINDS, LATE_KINDS)]
+    return f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def format_card(
+    parameters: int, progress: Progress, corpus: Corpus, measured: Measurements, trained_on: str, samples: Path
+) -> str:
+    """The model card; every figure in it comes from this run. `samples` is the folder of the sample files."""
+    scored = read_scored(samples)
     rows = sorted(measured.skills.items(), key=lambda item: -item[1])
     return CARD.format(
         parameters=parameters,
         questions="\n".join(f"  - `{question}`" for question in QUOTED_QUESTIONS),
+        works=_share(tell_work),
+        clauses=_share(tell_clause),
+        texts=TEXTS,
+        scored=len(scored),
+        wanted=len({text for row in scored.values() for text in texts_of(row)}),
+        leaks=measured.leaks or "none",
+        hashes="\n".join(
+            f"  - `{name}`: `{hashlib.sha256((samples / name).read_bytes()).hexdigest()}`" for name in SCORED_FILES
+        ),
         vocabulary=len(corpus.tokenizer),
         tokens=progress.tokens,
         steps=progress.step,
         batch=corpus.batch_size,
         window=WINDOW,
         distinct=min(progress.tokens, corpus.shards * SHARD_WINDOWS * WINDOW),
-        practice=", ".join(str(shard) for shard in sorted(PRACTICE_SHARDS)),
+        practice=", ".join(str(shard) for shard in _shards_read(corpus, progress) if shard in PRACTICE_SHARDS),
+        late=LATE_FROM,
         seed=corpus.seed,
         minutes=progress.seconds / 60,
         trained_on=trained_on,

@@ -15,8 +15,9 @@ from corpus_skills import (
     Document,
     tell,
     tell_capitals,
+    tell_clause,
     tell_copy,
-    tell_exercise,
+    tell_count,
     tell_habit,
     tell_keys,
     tell_list,
@@ -28,10 +29,12 @@ from corpus_skills import (
     tell_sorted,
     tell_tense,
 )
+from corpus_work import draw_members, tell_truth, tell_work
 from facts import ALL_FACTS, ENTITY_FACTS, WORD_FACTS, capitalise, with_article
 from scenes import (
     CATEGORIES,
     CATEGORY_PLURALS,
+    COUNTABLE,
     LABELS,
     join_words,
     make_record,
@@ -43,6 +46,7 @@ from scenes import (
     pick_two,
     write_json,
 )
+from split import holds_reserved_list
 from world import COLOURS
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -142,51 +146,51 @@ def tell_topic(rng: Random) -> Document:
 def tell_category(rng: Random) -> Document:
     kind, other = rng.sample(list(CATEGORIES), 2)
     word = rng.choice(CATEGORIES[kind])
-    parts = [f"{capitalise(word)} is {with_article(kind)}."]
+    named = capitalise(with_article(word) if kind in COUNTABLE else word)
+    parts = [f"{named} is {with_article(kind)}."]
     if word not in CATEGORIES[other]:
-        parts.append(f"{capitalise(word)} is not {with_article(other)}.")
+        parts.append(f"{named} is not {with_article(other)}.")
     rng.shuffle(parts)
     return parts[: rng.randint(1, 2)]
 
 
 def tell_members(rng: Random) -> Document:
-    """Which words of a list belong to a kind; then the kind's members by themselves."""
-    kind, other = rng.sample([k for k in CATEGORIES if k not in ("animal", "number")], 2)
-    members = rng.sample(CATEGORIES[kind], rng.randint(1, 3))
-    strangers = rng.sample([w for w in CATEGORIES[other] if w not in CATEGORIES[kind]], rng.randint(1, 2))
-    words = rng.sample(members + strangers, len(members) + len(strangers))
-    found = [word for word in words if word in members]
+    """Which words of a list belong to a kind."""
+    words, members, kind = draw_members(rng)
     many = CATEGORY_PLURALS[kind]
-    told = (f"The {many} are {', '.join(found)}.", f"The {many} here: {', '.join(found)}.")
+    told = (f"The {many} are {', '.join(members)}.", f"The {many} here: {', '.join(members)}.")
     return [f"The words are {', '.join(words)}.", rng.choice(told)]
 
 
 # How often each kind is drawn. Looking back and rewriting outweigh facts, as they are learned slowest.
 KINDS: dict[Callable[[Random], Document], int] = {
-    tell_entity: 11,
-    tell_words: 6,
-    tell_known_fact: 4,
-    tell_record: 9,
-    tell_json: 9,
+    tell_entity: 9,
+    tell_words: 5,
+    tell_known_fact: 3,
+    tell_clause: 10,
+    tell_record: 8,
+    tell_json: 7,
     tell_table: 2,
-    tell_story: 8,
+    tell_story: 5,
     tell_ticket_team: 3,
-    tell_review: 4,
-    tell_topic: 4,
-    tell_category: 4,
-    tell_members: 4,
-    tell_series: 3,
-    tell_list: 6,
-    tell_sorted: 5,
-    tell_copy: 6,
-    tell_keys: 6,
-    tell_capitals: 7,
-    tell_tense: 6,
-    tell_replaced: 5,
-    tell_meeting: 3,
+    tell_review: 3,
+    tell_topic: 3,
+    tell_category: 3,
+    tell_truth: 5,
+    tell_members: 5,
+    tell_series: 4,
+    tell_list: 5,
+    tell_sorted: 7,
+    tell_copy: 5,
+    tell_keys: 5,
+    tell_repeat: 2,
+    tell_capitals: 8,
+    tell_tense: 5,
+    tell_replaced: 4,
+    tell_meeting: 5,
     tell_questions: 1,
-    tell_habit: 4,
-    tell_exercise: 14,
+    tell_habit: 6,
+    tell_work: 20,
 }
 
 # The mix of the practice shards: early and again now and then, as copying is the slowest skill to start.
@@ -198,35 +202,66 @@ PRACTICE_KINDS: dict[Callable[[Random], Document], int] = {
     tell_json: 5,
     tell_replaced: 4,
     tell_list: 5,
-    tell_capitals: 4,
+    tell_sorted: 4,
+    tell_members: 3,
+    tell_capitals: 6,
     tell_tense: 4,
     tell_story: 3,
-    tell_exercise: 5,
+    tell_habit: 2,
+    tell_work: 8,
 }
-PRACTICE_SHARDS = frozenset({4, 8, 16, 32, 64})
+PRACTICE_SHARDS = frozenset({1, 2, 5, 10, 20, 40})
 
 
-def wrap(parts: Document, rng: Random) -> str:
+# From this shard on, what is learned slowest is drawn more often, and what is known by then less.
+LATE_FROM = 16
+LATE_KINDS = KINDS | {
+    tell_capitals: 16,
+    tell_count: 5,
+    tell_members: 9,
+    tell_record: 11,
+    tell_json: 11,
+    tell_truth: 8,
+    tell_series: 6,
+    tell_habit: 9,
+    tell_sorted: 8,
+    tell_entity: 7,
+    tell_words: 4,
+    tell_story: 3,
+    tell_review: 1,
+    tell_topic: 2,
+    tell_ticket_team: 2,
+}
+
+
+def choose_mix(shard: int) -> dict[Callable[[Random], Document], int]:
+    if shard in PRACTICE_SHARDS:
+        return PRACTICE_KINDS
+    return LATE_KINDS if shard >= LATE_FROM else KINDS
+
+
+def wrap(parts: Document, rng: Random, marked: bool) -> str:
     """Close a document with end-of-text, or put its parts between ChatML marks (marks only: no roles).
 
     The marks must be met in pretraining: tokens never seen keep embeddings that later tuning cannot mend.
     """
-    if rng.random() < 0.65:
+    if not marked:
         sentences = all(part.endswith((".", "!", '"')) for part in parts[:-1])
         return (rng.choice((" ", "\n")) if sentences else "\n").join(parts) + END_OF_TEXT
     return "".join(f"{START}{part}{END}\n" for part in parts) + END_OF_TEXT
 
 
 def generate_documents(seed: int, shard: int) -> Iterator[str]:
-    """An endless stream; equal seed and shard give equal text."""
+    """An endless stream; equal seed and shard give equal text. Documents with a held-out list are left out."""
     rng = Random(f"{seed}/{shard}")
-    mix = PRACTICE_KINDS if shard in PRACTICE_SHARDS else KINDS
+    mix = choose_mix(shard)
     kinds, weights = list(mix), list(mix.values())
     while True:
-        parts = rng.choices(kinds, weights)[0](rng)
-        if rng.random() < 0.3:
-            parts = parts + rng.choices(kinds, weights)[0](rng)
-        yield wrap(parts, rng)
+        told = rng.choices(kinds, weights, k=rng.choice((1, 1, 2)))
+        parts = [part for tell in told for part in tell(rng)]
+        document = wrap(parts, rng, marked=tell_work not in told and rng.random() < 0.45)
+        if not holds_reserved_list(document):
+            yield document
 
 
 def write_corpus(path: Path, seed: int, shard: int, size_chars: int) -> None:

@@ -5,38 +5,50 @@ A model this small learns to copy only from much practice, so these are half of 
 
 from random import Random
 
-from facts import ALL_FACTS, SENTENCES, Fact, capitalise, state, with_article
+from facts import ALL_FACTS, CLAUSES, SENTENCES, Fact, capitalise, state, with_article
 from scenes import (
-    CATEGORIES,
-    LABELS,
     NOUNS,
+    draw_swap,
     invent_name,
     join_words,
     make_deed,
     make_phrase,
-    make_record,
-    make_review,
-    make_story,
-    make_topic,
     pick_code,
     pick_person,
     pick_two,
     pick_words,
     swap_word,
-    write_json,
 )
 from wordlists import EXCLAMATIONS, PLACES, THINGS
-from world import COLOURS, DAYS, MONTHS, NUMBERS
+from world import COLOURS, COUNTRIES, DAYS, JOBS, MONTHS, NUMBERS
 
 QUOTED_QUESTIONS = (
-    '"Where is the {thing}?" asked {a}. "The {thing} is in the {place}," said {b}.',
+    '"Where is the {thing}?" asked {a}. "The {thing} is near the {place}," said {b}.',
     '"Is the {thing} {colour}?" asked {a}. "Yes, it is {colour}," said {b}.',
+    '"How are you?" asked {a}. "I am fine, thank you," said {b}.',
 )
 Document = list[str]
 
 
 def tell(fact: Fact, rng: Random) -> str:
     return state(fact, rng.choice(SENTENCES[fact.relation]))
+
+
+def tell_clause(rng: Random) -> Document:
+    """A fact behind the clause that names it: "Anna knows where a fox lives. A fox lives in a den." """
+    fact, (a, b) = rng.choice(ALL_FACTS), pick_two(rng)
+    clause, plain = state(fact, rng.choice(CLAUSES[fact.relation])), state(fact, SENTENCES[fact.relation][0])
+    opening = rng.choice(
+        (
+            f"{a} knows {clause}",
+            f"{a} told {b} {clause}",
+            f"{a} remembered {clause}",
+            f"{a} read in a book {clause}",
+            f"{b} wanted to know {clause}, and {a} knew it",
+            f"In this book it says {clause}",
+        )
+    )
+    return [f"{opening}: {fact.value}." if rng.random() < 0.3 and fact.relation != "work" else f"{opening}. {plain}"]
 
 
 def tell_series(rng: Random) -> Document:
@@ -68,6 +80,19 @@ def tell_list(rng: Random) -> Document:
         )
     )
     return [intro, told]
+
+
+def tell_count(rng: Random) -> Document:
+    """A list and how many words it has, counted one by one or at once."""
+    words = pick_words(rng, rng.randint(2, 6))
+    one_by_one = ", ".join(f"{number} {word}" for number, word in enumerate(words, start=1))
+    told = (
+        [f"Counted: {one_by_one}.", f"That makes {len(words)} words."],
+        [f"These are {len(words)} words."],
+        [f"There are {len(words)} items."],
+        [f"The number of words is {len(words)}."],
+    )
+    return [rng.choice((", ".join(words), f"The words are {', '.join(words)}.")), *rng.choice(told)]
 
 
 def tell_sorted(rng: Random) -> Document:
@@ -133,19 +158,30 @@ def tell_tense(rng: Random) -> Document:
 
 
 def tell_replaced(rng: Random) -> Document:
-    deed = make_deed(rng)
-    swaps = ((deed.who, pick_person(rng)[0]), (deed.thing, rng.choice(THINGS)))
-    old, new = rng.choice(swaps)
+    deed, old, new = draw_swap(rng)
     told = rng.choice((f"With {new} in place of {old}", f"{new} instead of {old}", f"{old} replaced by {new}"))
     return [deed.past, f"{told}: {swap_word(deed.past, old, new)}"]
 
 
 def tell_meeting(rng: Random) -> Document:
+    """Two people talk; what one says of herself comes up again later."""
     (a, b), thing = pick_two(rng), rng.choice(THINGS)
-    hello = rng.choice((f'"Hello, my name is {a}," said the guest.', f'"I am {a}," said the guest.'))
-    likes = rng.choice((f'"I like the {thing} most."', f'"I come from {invent_name(rng)}."', '"The weather is fine."'))
-    told = (f"The name of the guest is {a}.", f'"Your name is {a}," said {b} later.', f"So {b} met {a}.")
-    return [f'{hello} "Nice to meet you, {a}," said {b}.', likes, rng.choice(told)]
+    colour, town, job = rng.choice(COLOURS), rng.choice(COUNTRIES).capital, rng.choice(JOBS).name
+    about = (
+        (f"I like the colour {colour} best.", f"The favourite colour of {a} is {colour}."),
+        (f"My favourite colour is {colour}.", f'"Your favourite colour is {colour}," said {b} later.'),
+        (f"I come from {town}.", f"{a} comes from {town}."),
+        (f"I live in {town}.", f'"You live in {town}," said {b} later.'),
+        (f"I am {with_article(job)}.", f"The job of {a} is {job}."),
+        (f"I like the {thing} most.", f"What {a} liked most was the {thing}."),
+    )
+    said, later = rng.choice(about)
+    names = (f"The name of the guest is {a}.", f'"Your name is {a}," said {b} later.', f"So {b} met {a}.")
+    hello = rng.choice((f"Hello, my name is {a}.", f"I am {a}.", f"Good morning, I am {a}.", f"My name is {a}."))
+    told = [f'"{hello}" said the guest. "Nice to meet you, {a}," said {b}.', f'"{said}" said {a}.']
+    told += rng.sample([rng.choice(names), later], rng.randint(1, 2))
+    thanks = f'"Thank you," said {a}. "You are welcome," said {b}.'
+    return [*told, rng.choice((thanks, f'"Goodbye," said {b}.'))] if rng.random() < 0.4 else told
 
 
 def tell_questions(rng: Random) -> Document:
@@ -162,62 +198,20 @@ def tell_questions(rng: Random) -> Document:
 
 def tell_habit(rng: Random) -> Document:
     """Somebody whose way of speaking is described, and who then speaks that way."""
-    name, _ = pick_person(rng, invented=0.5)
+    name, pronoun = pick_person(rng, invented=0.5)
     fact = rng.choice(ALL_FACTS)
     sentence, opening = tell(fact, rng), rng.choice(EXCLAMATIONS)
+    writes = rng.choice(("always writes", "writes everything", "answers"))
+    starts = rng.choice(("starts every sentence", "begins every answer"))
+    role = rng.choice(("a friendly robot", "a helpful guide", "a polite assistant"))
     frames = (
-        (f"{name} always writes in capital letters.", sentence.upper()),
-        (f'{name} starts every sentence with "{opening}"', f"{opening} {sentence}"),
+        (f"{name} {writes} in capital letters.", sentence.upper()),
+        (f"{name} uses only upper case.", sentence.upper()),
+        (f'{name} {starts} with "{opening}"', f"{opening} {sentence}"),
+        (f'{name} puts "{opening}" in front of everything.', f"{opening} {sentence}"),
         (f'{name} writes everything as JSON with the key "answer".', f'{{"answer": "{fact.value}"}}'),
-        (f"{name} is a friendly robot.", f"I am {name}."),
+        (f'Every answer of {name} is JSON under the key "answer".', f'{{"answer": "{fact.value}"}}'),
+        (f"{name} is {role}.", f"I am {name}."),
     )
     habit, speech = rng.choice(frames)
-    return [habit, sentence, speech] if rng.random() < 0.5 else [habit, speech]
-
-
-def _draw_exercise(rng: Random) -> tuple[str, str]:
-    """What somebody had to do, as it continues "Anna had to ...", and what came out."""
-    words, deed, phrase = pick_words(rng, rng.randint(2, 5)), make_deed(rng), make_phrase(rng)
-    scene, story, review, topic = make_record(rng), make_story(rng), make_review(rng), make_topic(rng)
-    labels = rng.sample(list(LABELS[scene.kind]), rng.randint(1, 3))
-    value = str(scene.fields[LABELS[scene.kind][labels[0]]])
-    listed, new, kind = ", ".join(words), pick_person(rng)[0], rng.choice(list(CATEGORIES))
-    exercises = (
-        (f"sort some words by the alphabet. The words were {listed}.", ", ".join(sorted(words))),
-        (
-            f"write some words one below the other, with dashes: {listed}",
-            "\n".join(f"- {word}" for word in words),
-        ),
-        (f"count some words. They were {listed}.", str(len(words))),
-        (f"give the last word of this list: {listed}", words[-1]),
-        (f"write a text in big letters. The text was: {phrase}", phrase.upper()),
-        (f"repeat a text without any change: {phrase}", phrase),
-        (f"turn a sentence into the past. It was: {deed.present}", deed.past),
-        (
-            f"put {new} in place of {deed.who}. The sentence was: {deed.past}",
-            swap_word(deed.past, deed.who, new),
-        ),
-        (f"find the {labels[0]} in a note. The note: {scene.text}", value),
-        (
-            f"make JSON with {join_words(labels)} out of a note. The note: {scene.text}",
-            write_json(scene, labels),
-        ),
-        (f"make this story shorter: {story.text}", str(story.fields["summary"])),
-        (
-            f"decide if the guest was positive or negative. The guest wrote: {review.text}",
-            str(review.fields["mood"]),
-        ),
-        (f"name the topic of a text. The text was: {topic.text}", str(topic.fields["topic"])),
-        (f"give an example of {with_article(kind)}.", rng.choice(CATEGORIES[kind])),
-    )
-    return rng.choice(exercises)
-
-
-def tell_exercise(rng: Random) -> Document:
-    """Work told as a story, so that the words for such work are known; no reader is addressed."""
-    name, pronoun = pick_person(rng)
-    who = rng.choice((name, name, "The assistant", "The user of the system"))
-    task, result = _draw_exercise(rng)
-    wrote = f"{capitalise(pronoun)} wrote:" if who == name else "The answer was:"
-    gap = "\n" if "\n" in result else " "
-    return [f"{who} had to {task}", result if rng.random() < 0.5 else f"{wrote}{gap}{result}"]
+    return [habit, sentence, speech] if rng.random() < 0.5 else [habit, f"{capitalise(pronoun)} wrote: {speech}"]

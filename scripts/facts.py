@@ -103,6 +103,35 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 }
 
 
+# The same relations as the clause that follows "Anna knows" or "Ben told Anna". None of them has the word order of
+# a question, so that no question of sample.jsonl is read here.
+CLAUSES: dict[str, tuple[str, ...]] = {
+    "capital": ("the capital of {x}", "which capital {x} has", "the capital city of {x}"),
+    "continent": ("where {x} is", "on which continent {x} lies", "the continent of {x}"),
+    "language": ("which language people speak in {x}", "the language of {x}", "the main language of {x}"),
+    "currency": ("the currency of {x}", "what people in {x} pay with", "the money of {x}", "which money {x} has"),
+    "group": ("what kind of animal {ax} is", "the animal group of the {x}", "to which group the {x} belongs"),
+    "home": ("where {ax} lives", "where {xs} live", "the home of the {x}", "where to find {ax}"),
+    "food": ("what {ax} eats", "what {xs} eat", "the food of the {x}", "what to feed {ax}"),
+    "young": ("the name of a young {x}", "how a baby {x} is called", "the word for a young {x}"),
+    "workplace": ("where {ax} works", "the workplace of {ax}", "where to meet {ax} at work"),
+    "work": ("what {ax} does", "the work of {ax}", "what the job of {ax} is"),
+    "tool": ("which tool {ax} uses", "what {ax} works with", "the tool of {ax}"),
+    "food kind": ("whether {ax} is a fruit or a vegetable", "what kind of food {ax} is"),
+    "food colour": ("what colour {ax} has", "the colour of {ax}", "what {xs} look like"),
+    "opposite": ("the opposite of {x}", "the word that is the opposite of {x}", 'the opposite of "{x}"'),
+    "synonym": ("another word for {x}", "a synonym of {x}", "a word with the meaning of {x}"),
+    "plural": ("the plural of {x}", 'how to write "{x}" in the plural', "the word for several when {x} is one"),
+    "past": ("the past tense of {x}", 'how to write "{x}" in the past', 'the past form of "{x}"'),
+    "day after": ("the day that comes after {x}", "the day after {x}"),
+    "day before": ("the day that comes before {x}", "the day before {x}"),
+    "month after": ("the month that comes after {x}", "the month after {x}"),
+    "month before": ("the month that comes before {x}", "the month before {x}"),
+    "number after": ("the number that comes after {x}", "the number after {x}"),
+    "symbol": ("the symbol of {x}", "the chemical symbol of {x}", "which symbol {x} has"),
+}
+
+
 def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 

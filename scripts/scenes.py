@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from facts import PLURALS, capitalise, with_article
+from split import is_reserved, sentences_of, split_by
 from wordlists import (
     BAD_ENDINGS,
     BAD_WORDS,
@@ -100,7 +101,7 @@ PLOTS = (
     (
         "{a} wanted {a_colour} {thing}. On {day} {they} walked to the {place} and bought one. On the"
         " way home {they}"
-        " met {b} at the {place2}.",
+        " met {b} near the {place2}.",
         "{a} bought {a_thing} and met {b}.",
     ),
     (
@@ -110,13 +111,13 @@ PLOTS = (
         "{a} broke the {thing} of {b} and repaired it.",
     ),
     (
-        "It was {day}. {a} sat at the {place} with {a_colour} {thing}. Then {b} came from the"
+        "It was {day}. {a} sat near the {place} with {a_colour} {thing}. Then {b} came from the"
         " {place2}. {a} gave the"
         " {thing} to {b} as a present.",
         "{a} gave {a_thing} to {b}.",
     ),
     (
-        "{a} needed {a_colour} {thing} for the {place}. On {day} {they} asked {b} at the {place2}."
+        "{a} needed {a_colour} {thing} for the {place}. On {day} {they} asked {b} near the {place2}."
         " {b} was kind and"
         " lent it for a week.",
         "{b} lent {a_thing} to {a}.",
@@ -152,6 +153,8 @@ CATEGORIES: dict[str, list[str]] = {
     "planet": PLANETS,
     "number": NUMBERS[1:],
 }
+# Kinds whose words take an article: "a lion", but "Paris", "milk", "red".
+COUNTABLE = ("animal", "bird", "fruit", "vegetable", "job")
 CATEGORY_PLURALS = {name: name[:-1] + "ies" if name.endswith("y") else name + "s" for name in CATEGORIES}
 NOUNS = [*CATEGORIES["animal"], *CATEGORIES["fruit"], *CATEGORIES["vegetable"], *THINGS, *CATEGORIES["job"]]
 WORD_POOLS = [
@@ -182,6 +185,10 @@ class Deed:
     past: str
 
 
+def _text_is_reserved(scene: "Scene") -> bool:
+    return is_reserved(scene.text)
+
+
 def invent_name(rng: Random) -> str:
     syllables = [rng.choice(ONSETS) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
     return capitalise("".join(syllables) + rng.choice(ENDINGS))
@@ -210,6 +217,7 @@ def pick_code(rng: Random) -> str:
     return f"{letters}-{rng.randint(100, 9999)}"
 
 
+@split_by(lambda words: is_reserved(", ".join(words)))
 def pick_words(rng: Random, count: int) -> list[str]:
     return rng.sample(rng.choice(WORD_POOLS), count)
 
@@ -235,6 +243,7 @@ def _fill(rng: Random, kind: str, fields: dict[str, str | int]) -> Scene:
     return Scene(kind, rng.choice(TEXTS[kind]).format(**fields), fields)
 
 
+@split_by(_text_is_reserved)
 def make_person(rng: Random) -> Scene:
     name, pronoun = pick_full_name(rng)
     job = rng.choice(JOBS).name
@@ -243,17 +252,15 @@ def make_person(rng: Random) -> Scene:
     return _fill(rng, "person", fields | {"a_job": with_article(job), "They": capitalise(pronoun)})
 
 
-def make_ticket(rng: Random) -> Scene:
+def make_ticket(rng: Random, held_out: bool = False) -> Scene:
+    """Held out are whole issues, so that a held-out ticket tells of one that no other text names."""
     team = rng.choice(list(ISSUES))
-    fields = {
-        "ticket": pick_code(rng),
-        "customer": pick_full_name(rng)[0],
-        "issue": rng.choice(ISSUES[team]),
-        "team": team,
-    }
+    issue = rng.choice(sentences_of(ISSUES[team], held_out))
+    fields = {"ticket": pick_code(rng), "customer": pick_full_name(rng)[0], "issue": issue, "team": team}
     return _fill(rng, "ticket", fields | {"priority": rng.choice(("low", "medium", "high")), "day": rng.choice(DAYS)})
 
 
+@split_by(_text_is_reserved)
 def make_invoice(rng: Random) -> Scene:
     due = f"{rng.randint(1, 28)} {rng.choice(MONTHS)}"
     fields = {"invoice": rng.randint(1000, 9999), "customer": pick_full_name(rng)[0], "due": due}
@@ -261,6 +268,7 @@ def make_invoice(rng: Random) -> Scene:
     return _fill(rng, "invoice", fields | item)
 
 
+@split_by(_text_is_reserved)
 def make_prescription(rng: Random) -> Scene:
     problem, medicine, dose = rng.choice(REMEDIES)
     fields = {
@@ -272,6 +280,7 @@ def make_prescription(rng: Random) -> Scene:
     return _fill(rng, "prescription", fields | {"problem": problem})
 
 
+@split_by(_text_is_reserved)
 def make_order(rng: Random) -> Scene:
     items = pluralise(rng.choice(THINGS))
     city = invent_name(rng) if rng.random() < 0.3 else rng.choice(COUNTRIES).capital
@@ -288,8 +297,8 @@ def make_order(rng: Random) -> Scene:
 RECORDS = (make_person, make_person, make_ticket, make_invoice, make_prescription, make_order)
 
 
-def make_record(rng: Random) -> Scene:
-    return rng.choice(RECORDS)(rng)
+def make_record(rng: Random, held_out: bool = False) -> Scene:
+    return rng.choice(RECORDS)(rng, held_out=held_out)
 
 
 def write_json(scene: Scene, labels: list[str]) -> str:
@@ -297,6 +306,7 @@ def write_json(scene: Scene, labels: list[str]) -> str:
     return json.dumps({label: scene.fields[LABELS[scene.kind][label]] for label in labels})
 
 
+@split_by(_text_is_reserved)
 def make_story(rng: Random) -> Scene:
     plot, summary = rng.choice(PLOTS)
     a, pronoun = pick_person(rng)
@@ -315,6 +325,7 @@ def make_story(rng: Random) -> Scene:
     return Scene("story", plot.format(**fields), fields | {"summary": summary.format(**fields)})
 
 
+@split_by(_text_is_reserved)
 def make_review(rng: Random) -> Scene:
     mood = rng.choice(("positive", "negative"))
     words, ends = (GOOD_WORDS, GOOD_ENDINGS) if mood == "positive" else (BAD_WORDS, BAD_ENDINGS)
@@ -325,21 +336,33 @@ def make_review(rng: Random) -> Scene:
     return Scene("review", text, {"mood": mood})
 
 
-def make_topic(rng: Random) -> Scene:
+def make_topic(rng: Random, held_out: bool = False) -> Scene:
+    """Held out are single sentences: none of them stands in any other text."""
     topic = rng.choice(list(TOPICS))
-    sentences = rng.sample(TOPICS[topic], rng.choice((1, 1, 2)))
+    sentences = rng.sample(sentences_of(TOPICS[topic], held_out), rng.choice((1, 1, 2)))
     return Scene("topic", " ".join(sentences), {"topic": topic})
 
 
+@split_by(lambda deed: is_reserved(deed.past))
 def make_deed(rng: Random) -> Deed:
     verb, (who, _) = rng.choice(VERBS), pick_person(rng)
     thing, colour, adjective = rng.choice(THINGS), rng.choice(COLOURS), rng.choice(THING_ADJECTIVES)
     objects = (f"the {thing}", with_article(f"{colour} {thing}"), f"the {adjective} {thing}")
-    end = rng.choice(("", "", f" in the {rng.choice(PLACES)}", f" on {rng.choice(DAYS)}")) + "."
+    end = rng.choice(("", "", f" near the {rng.choice(PLACES)}", f" on {rng.choice(DAYS)}")) + "."
     rest = rng.choice(objects) + end
     return Deed(who, thing, f"{who} {verb.third} {rest}", f"{who} {verb.past} {rest}")
 
 
+def draw_swap(rng: Random) -> tuple[Deed, str, str]:
+    """A deed, a word of it and another for its place; the changed sentence is no held-out text either."""
+    while True:
+        deed = make_deed(rng)
+        old, new = rng.choice(((deed.who, pick_person(rng)[0]), (deed.thing, rng.choice(THINGS))))
+        if not is_reserved(swap_word(deed.past, old, new)):
+            return deed, old, new
+
+
+@split_by(is_reserved)
 def make_phrase(rng: Random) -> str:
     """Any short text, for copying and for capital letters."""
     kind = rng.randrange(5)

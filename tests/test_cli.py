@@ -51,7 +51,7 @@ def test_config_prints_every_setting_with_its_origin(capsys: pytest.CaptureFixtu
     assert set(TrainConfig.model_fields) <= set(words(lines))
     assert shown["lora_r"][1:3] == ["4", "flag"]
     assert shown["use_dora"][1:3] == ["true", "flag"]
-    assert shown["learning_rate"][1:4] == ["0.001", "preset", "builtin"]
+    assert shown["learning_rate"][1:4] == ["0.002", "preset", "builtin"]
     assert shown["seed"][1:3] == ["42", "default"]
 
 

@@ -16,7 +16,7 @@ def test_layers_override_each_other_and_each_value_names_its_origin(tmp_path: Pa
     resolved = resolve_config({"seed": "9"}, file)
     assert (resolved.config.lora_r, resolved.origins["lora_r"]) == (8, str(file))
     assert (resolved.config.seed, resolved.origins["seed"]) == (9, "flag")
-    assert (resolved.config.learning_rate, resolved.origins["learning_rate"]) == (1e-3, "preset builtin")
+    assert (resolved.config.learning_rate, resolved.origins["learning_rate"]) == (2e-3, "preset builtin")
     assert (resolved.config.weight_decay, resolved.origins["weight_decay"]) == (0.0, "default")
 
 

@@ -60,7 +60,7 @@ def test_a_run_keeps_all_answers_of_base_and_tuned(finished: Any) -> None:
     sources = {example.source for example in result.setup.data.heldout_examples}
     assert {answer["source"] for answer in scores["answers"]} <= sources
     assert any(answer["base"] != answer["tuned"] for answer in scores["answers"])
-    assert (run.path / "comparison.md").read_text().count("| sample.jsonl:") == 50
+    assert (run.path / "comparison.md").read_text().count("| sample_heldout.jsonl:") == 50
 
 
 def test_the_disabled_adapter_is_the_base_to_the_last_bit(builtin: Any, finished: Any) -> None:

@@ -34,17 +34,25 @@ def test_an_unpacked_wheel_finds_its_presets_sample_and_base_away_from_the_check
         "import qlora_tune; from qlora_tune.config import list_presets; from qlora_tune.base import find_base;"
         "from qlora_tune.data import load_examples; from qlora_tune.config import shipped_path;"
         "print(qlora_tune.__file__, len(list_presets()), find_base('builtin').path,"
-        "load_examples([shipped_path('sample.jsonl')])[1].kept)"
+        "*(load_examples([shipped_path(f'{name}.jsonl')])[1].kept for name in"
+        " ('sample', 'sample_heldout', 'sample_rephrased', 'sample_unseen')))"
     )
     # -I keeps the editable install and the current folder away; only the wheel is left to import from.
     code = f"import sys; sys.path.insert(0, {str(unpacked_wheel)!r}); {code}"
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
-    module, presets, base, kept = done.stdout.split()
+    module, presets, base, *kept = done.stdout.split()
     assert module.startswith(str(unpacked_wheel))
     assert base.startswith(str(unpacked_wheel))
     assert int(presets) == len(list((ROOT / "presets").glob("*.toml")))
-    assert int(kept) == len((ROOT / "sample.jsonl").read_text().splitlines())
+    files = ("sample", "sample_heldout", "sample_rephrased", "sample_unseen")
+    assert [int(count) for count in kept] == [len((ROOT / f"{f}.jsonl").read_text().splitlines()) for f in files]
+
+
+def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
+    package = unpacked_wheel / "qlora_tune"
+    data = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"]
+    assert sum(path.stat().st_size for path in data) <= 10_000_000
 
 
 def test_every_command_and_flag_that_the_readme_names_exists() -> None:

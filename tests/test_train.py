@@ -19,7 +19,7 @@ from conftest import settings
 from qlora_tune import train as training
 from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, MemoryLimitError, RunError
-from qlora_tune.model import attach_adapter, load_base
+from qlora_tune.model import attach_adapter, load_base, only_learned
 from qlora_tune.prepare import prepare, quantization_of
 from qlora_tune.runs import Run, keep_whole_checkpoints, new_run, step_of
 
@@ -45,7 +45,8 @@ def fit(config: Any) -> tuple[Run, Any]:
 
 
 def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path) -> None:
-    config = short(tmp_path, learning_rate="2e-5", warmup_ratio="0")
+    # The last weights, not the best: after the first step lora_A has not moved yet, as lora_B was zero.
+    config = short(tmp_path, learning_rate="2e-5", warmup_ratio="0", load_best_model_at_end="false")
     setup = prepare(config)
     fresh = attach_adapter(
         load_base(setup.base, setup.device, setup.precision, quantization_of(config)),
@@ -112,6 +113,44 @@ def test_held_out_loss_is_the_mean_over_learned_tokens(finished: Any) -> None:
     best = min(entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry)
     assert run.read_state()["eval_loss"] == best
     assert total / tokens == pytest.approx(best, rel=0.01)
+
+
+def test_scoring_only_learned_positions_changes_neither_loss_nor_gradients(tmp_path: Path) -> None:
+    config = short(tmp_path, dtype="float32")
+    setup = prepare(config)
+    model = attach_adapter(
+        load_base(setup.base, setup.device, "float32", quantization_of(config)),
+        lora_r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=["all-linear"],
+        seed=1,
+    )
+    longest = max(len(sequence.input_ids) for sequence in setup.data.train[:4])
+    pad = lambda ids, fill: ids + [fill] * (longest - len(ids))  # noqa: E731
+    inputs = {
+        "input_ids": torch.tensor([pad(s.input_ids, 0) for s in setup.data.train[:4]]),
+        "labels": torch.tensor([pad(s.labels, -100) for s in setup.data.train[:4]]),
+        "attention_mask": torch.tensor([pad([1] * len(s.input_ids), 0) for s in setup.data.train[:4]]),
+    }
+
+    def backward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    whole = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    expected_loss, expected = backward(whole[:, :-1], inputs["labels"][:, 1:])
+    with only_learned(model, inputs) as fewer:
+        targets = fewer.pop("shift_labels")
+        part = model(**fewer).logits
+        loss, found = backward(part, targets)
+    assert part.shape[1] == int((inputs["labels"][:, 1:] != -100).sum()) < whole[..., 0].numel()
+    torch.testing.assert_close(loss, expected_loss)
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert model(**inputs).logits.shape == whole.shape  # the hook is gone
 
 
 def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
