@@ -24,7 +24,7 @@ def run_seed(seed: int, folder: Path, extra: list[str]) -> tuple[Scores, float]:
     run = folder / f"seed-{seed}"
     qlora_tune = [sys.executable, "-m", "qlora_tune"]
     where = ["--runs-dir", str(folder), "--run-name", run.name]
-    train = ["train", "--preset", "builtin", "--seed", str(seed)]
+    train = ["train", "--preset", "builtin", "--seed", str(seed), "--score-rows", "1000"]  # more than there are
     subprocess.run([*qlora_tune, *train, *where, *extra], check=True, stdout=sys.stderr)
     scores = {"held-out": read_json(run / "scores.json")}
     for name, stem in OTHER_FILES.items():

@@ -33,6 +33,11 @@ class BaseModel:
         is_local = self.name != BUILTIN and (self.name.startswith((".", "/", "~")) or Path(self.name).is_dir())
         return Path(self.name).resolve().name if is_local else self.name
 
+    def context_length(self) -> int | None:
+        """max_position_embeddings of its config [tokens]; None where it names none."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
+
 
 def is_downloaded(name: str) -> bool:
     """Whether a hub model's weights are already on this machine. Touches no network."""

@@ -193,7 +193,7 @@ def chat(
 ) -> None:
     """Chat with the model of a run or an adapter's folder, tuned or base; the newest run without a name."""
     from qlora_tune.export import open_adapter
-    from qlora_tune.generate import stream_reply
+    from qlora_tune.generate import fit_context, stream_reply
 
     if not 0 <= temperature < 100 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ConfigError("Expected --temperature from 0 to 100, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
@@ -217,7 +217,7 @@ def chat(
                 top_p=top_p,
             )
 
-    terminal.chat_loop(reply)
+    terminal.chat_loop(reply, lambda messages: fit_context(model, trained.chat, messages, max_new_tokens))
 
 
 @app.command

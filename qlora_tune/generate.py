@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.shapes import Message
+
+ANSWER_SHARE = 4  # of the context, at most one part in so many is kept free for the answer
 
 
 def stop_ids(chat: ChatFormat) -> list[int]:
@@ -50,6 +53,25 @@ def generate_answers(
     return answers
 
 
+def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+    """Leave out the oldest turns until an answer fits behind the prompt, within the base's max_position_embeddings.
+
+    At positions that it was never trained on, a model answers nonsense: the built-in one got 65 to 72 % instead of
+    80 to 90 % right (docs/log.md). The system prompt and the last question always stay.
+    """
+    kept = list(messages)
+    context = _context_length(model)
+    oldest = 1 if kept[0]["role"] == "system" else 0
+    room = min(max_new_tokens, context // ANSWER_SHARE)
+    while len(kept) > oldest + 2 and len(chat.encode_prompt(kept)) + room > context:
+        del kept[oldest : oldest + 2]
+    return kept
+
+
+def _context_length(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+
 def stream_reply(
     model: Any,
     chat: ChatFormat,
@@ -59,7 +81,10 @@ def stream_reply(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[str]:
-    """Answer one conversation piece by piece. temperature 0 is greedy. Closing the iterator stops the model."""
+    """Answer one conversation piece by piece, within the context. temperature 0 is greedy.
+
+    Closing the iterator stops the model.
+    """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -71,7 +96,9 @@ def stream_reply(
 
     stop = Stop()
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = _pad_left([chat.encode_prompt(messages)], chat.tokenizer.pad_token_id)
+    prompt = chat.encode_prompt(messages)
+    inputs = _pad_left([prompt], chat.tokenizer.pad_token_id)
+    room = max(1, min(max_new_tokens, _context_length(model) - len(prompt)))
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -79,7 +106,7 @@ def stream_reply(
             with torch.inference_mode():
                 model.generate(
                     **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                    generation_config=_generation_config(chat, max_new_tokens, temperature, top_p),
+                    generation_config=_generation_config(chat, room, temperature, top_p),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )

@@ -73,6 +73,7 @@ def prepare(config: TrainConfig) -> Setup:
     device = models.detect_device()
     _refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
+    _refuse_longer_than_context(config.max_length, base)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = device.precision if config.dtype == "auto" else config.dtype
     if precision == "float16" and device.kind == "cpu":
@@ -89,6 +90,16 @@ def _refuse_other_device(preset: str, device: Device) -> None:
         raise ConfigError(
             f"Preset {preset} is for a CUDA GPU with {wanted.min_memory_gb:g} GB, and none is usable here. "
             "Use --preset cpu-small or builtin, or name its base with --model-name-or-path to try it on the CPU."
+        )
+
+
+def _refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
+    """Raise ConfigError where rows could reach positions that the base was never trained on."""
+    context = base.context_length()
+    if context and max_length > context:
+        raise ConfigError(
+            f"max_length is {max_length} tokens, and base {base.label} has a context of {context}: it has never seen "
+            f"later positions. Use --max-length {context} or less; longer rows are then left out and counted."
         )
 
 

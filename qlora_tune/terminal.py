@@ -212,7 +212,9 @@ def _side_by_side(comparison: Comparison, count: int) -> Table:
     step = max(1, len(comparison.answers) // max(count, 1))
     for answer in comparison.answers[::step][:count]:
         right = is_exact_match(answer.tuned, answer.reference)
-        cells = [answer.prompt[-1]["content"], answer.reference, answer.base, answer.tuned]
+        turns = [f"{turn['role']}: {turn['content']}" for turn in answer.prompt]
+        prompt = "\n".join(turns) if len(turns) > 1 else answer.prompt[0]["content"]
+        cells = [prompt, answer.reference, answer.base, answer.tuned]
         table.add_row(*(Text(_clip(cell)) for cell in cells), "[green]✓[/]" if right else "[red]✗[/]")
     return table
 
@@ -295,8 +297,11 @@ def scoring_progress() -> Iterator[Callable[[str, int, int], None]]:
 Reply = Callable[[list[Message], bool], Iterator[str]]
 
 
-def chat_loop(reply: Reply) -> None:
-    """Talk in the terminal. `reply(messages, tuned)` streams the answer of the tuned or the base model."""
+def chat_loop(reply: Reply, fit: Callable[[list[Message]], list[Message]]) -> None:
+    """Talk in the terminal. `reply(messages, tuned)` streams the answer of the tuned or the base model.
+
+    `fit(messages)` leaves out the oldest turns that no longer fit the model's context.
+    """
     messages: list[Message] = []
     tuned = True
     say(f"Chatting with the tuned model. {CHAT_HELP}")
@@ -321,7 +326,10 @@ def chat_loop(reply: Reply) -> None:
         elif command.startswith("/"):
             say(f"unknown command {command}. {CHAT_HELP}")
         elif line:
-            messages.append(Message(role="user", content=line))
+            asked = [*messages, Message(role="user", content=line)]
+            messages = fit(asked)
+            if len(messages) < len(asked):
+                console.print("(the oldest turns no longer fit the model's context, and are left out)", style="dim")
             answer = _stream(reply(messages, tuned), "tuned" if tuned else "base")
             # An empty answer can't stand in the history: templates would render a turn that never was learned.
             messages = [*messages, Message(role="assistant", content=answer)] if answer else messages[:-1]

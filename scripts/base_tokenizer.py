@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 2048
+CONTEXT = 256  # [tokens] what the base sees at once in pretraining; it has never met later positions
 PAD = "<|pad|>"
 SPECIALS = [END_OF_TEXT, PAD, START, END]
 TRAINING_SHARD = 1_000_001  # a part of the corpus stream that pretraining never reaches
@@ -58,7 +59,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         extra_special_tokens=[START, END],
-        model_max_length=1024,
+        model_max_length=CONTEXT,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from base_tokenizer import CONTEXT
 from corpus import generate_documents
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WINDOW = 256  # [tokens]
+WINDOW = CONTEXT  # [tokens]
 SHARD_WINDOWS = 4096
 VALIDATION_SHARD = 1_000_000  # never reached by training
 VALIDATION_WINDOWS = 256
@@ -113,7 +114,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
         bos_token_id=None,

@@ -96,6 +96,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", SAMPLE, "--early-stopping-patience", "2", "--no-load-best-model-at-end"], "needs load_best"),
         (["train", SAMPLE, "--eval-steps", "inf"], "eval_steps = 'inf' (flag)"),
         (["train", SAMPLE, "--preset", "builtin", "--lora-target-modules", "q_proj,typo"], "typo is no linear layer"),
+        (["train", SAMPLE, "--preset", "builtin", "--max-length", "257"], "Use --max-length 256 or less"),
         (["preview", SAMPLE, "--rows", "-2"], "--rows"),
         (["chat", "some.zip"], "unpack it first"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tune.generate import generate_answers, stop_ids, stream_reply
+from qlora_tune.generate import fit_context, generate_answers, stop_ids, stream_reply
 from qlora_tune.shapes import Message
 
 
@@ -65,3 +65,21 @@ def test_sampling_differs_from_greedy_and_answers_end_at_the_end_of_turn(exact: 
     assert len(sampled) > 1
     assert stop_ids(chat) == [chat.end_of_turn_id, chat.tokenizer.eos_token_id]
     assert not any("<|im_end|>" in text for text in sampled)
+
+
+def test_a_talk_longer_than_the_context_loses_its_oldest_turns_only(exact: Any) -> None:
+    model, chat = exact
+    turns = [Message(role="system", content="Be kind.")]
+    for number in range(30):
+        turns += [Message(role="user", content=f"Say {number}."), Message(role="assistant", content=f"{number}")]
+    turns.append(Message(role="user", content="And the last?"))
+    kept = fit_context(model, chat, turns, max_new_tokens=256)
+    assert kept[0] == turns[0]
+    assert kept[1:] == turns[-len(kept) + 1 :]
+    assert kept[1]["role"] == "user"
+    context = model.config.max_position_embeddings
+    assert len(chat.encode_prompt(kept)) + context // 4 <= context
+    assert len(chat.encode_prompt([turns[0], *turns[-len(kept) - 1 :]])) + context // 4 > context  # no turn too few
+    assert fit_context(model, chat, kept, max_new_tokens=256) == kept
+    tokens = chat.tokenizer("".join(stream_reply(model, chat, kept, max_new_tokens=9999, temperature=5.0)))
+    assert len(tokens["input_ids"]) <= context

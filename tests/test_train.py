@@ -307,7 +307,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
 def test_all_rows_too_long_is_an_error_with_reasons(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"instruction": "x " * 500, "output": "y"}) + "\n")
-    with pytest.raises(DataError, match="tokens long, max_length is 512"):
+    with pytest.raises(DataError, match="tokens long, max_length is 256"):
         prepare(settings(data=[str(path)]))
 
 
