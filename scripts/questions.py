@@ -390,7 +390,7 @@ FOLLOW_UPS = Phrases(
     ("And its {relation}?", "Tell me the {relation} too."),
 )
 HELLOS = ("Hello!", "Hi!", "Good morning!", "Good evening!", "Hi there!", "Hello there.")
-HELLO_REPLY = "Hello! How can I help you?"
+HELLO_REPLY = "Hello! I am glad to help you."  # no "?": the base has hardly met one without a quote behind it
 SMALL_TALK: dict[str, Phrases] = {
     "You are welcome.": Phrases(
         ("Thank you!", "Thanks, that helps.", "Thank you very much.", "Great, thanks!"),
