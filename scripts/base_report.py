@@ -17,7 +17,7 @@ from base_training import (
 )
 from corpus import END_OF_TEXT, KINDS, LATE_FROM, LATE_KINDS, PRACTICE_SHARDS
 from corpus_skills import QUOTED_QUESTIONS, tell_clause
-from corpus_work import tell_work
+from corpus_work import tell_truth, tell_work
 from facts import ALL_FACTS, SENTENCES, state
 from leaks import SCORED_FILES, Leak, find_in_text, read_scored, texts_of
 from scenes import (
@@ -205,19 +205,21 @@ knows only the small world of its corpus.
   tense what somebody did to a text, the text, and what came out: "Carmen arranged the words from A to Z: ...",
   "Ben got this text: ... He changed it to upper case: ..." (`tell_work` in `scripts/corpus_work.py`; these carry no
   ChatML marks). {clauses} name a fact by a clause and state it: "Anna knows where a fox
-  lives. A fox lives in a den." (`tell_clause`). Some tell of a habit: "Omar answers in capital letters. He wrote: ...".
-  No phrasing of the sample files is among them.
+  lives. A fox lives in a den." (`tell_clause`). {truths} say of a claim whether it holds: "Whether a fig is a
+  fruit: yes." (`tell_truth`). Some tell of a habit: "Omar answers in capital letters. He wrote: ...".
+  No instruction of the sample files is among them; its plain statements ("I live in Lima.") are.
 - Held out: one text in {texts} (by hash), one in eight sentences on topics and tickets. The {wanted:,} prompts and
   passages of the {scored} scored sample rows were searched for, as lower-case words, in all text that was trained
-  on: **{leaks} found**. The facts that these rows ask for are told in the corpus, as sentences. SHA-256 of the files:
+  on: **none found**. The facts that these rows ask for are told in the corpus, as sentences. SHA-256 of the files:
 {hashes}
 - Every shard of 2**20 tokens mixes all of that, but for the practice shards ({practice}), which hold copying,
   looking up and rewriting only. From shard {late} on, capitals, counting, JSON and other slow skills
   are drawn more often.
 - `<|im_start|>` and `<|im_end|>` mark parts of about a third of the documents, without roles, so that their
   embeddings are trained. `<|endoftext|>` ends every document.
-- Tokenizer: byte-level BPE, {vocabulary} entries; every space, newline and digit is a token of its own.
-- {tokens:,} tokens seen ({steps:,} steps of {batch} x {window}), of which at most {distinct:,} distinct; seed
+- Tokenizer: byte-level BPE, {vocabulary} entries; every space, newline and digit is a token of its own;
+  {tokenizer_from}.
+- {tokens:,} tokens seen ({steps:,} steps of {batch} x {window}), of which {distinct:,} from different windows; seed
   {seed}; Muon for the matrices, AdamW for the rest, bf16 autocast; {minutes:.0f} minutes on {trained_on}.
 
 ## Measured
@@ -249,7 +251,6 @@ class Measurements:
     loss: float  # [nats a token]
     nf4_loss: float  # [nats a token]
     skills: dict[str, float]
-    leaks: int  # texts of scored rows in the corpus
 
 
 def _shards_read(corpus: Corpus, progress: Progress) -> range:
@@ -269,7 +270,13 @@ def _share(kind: Callable[[Random], list[str]]) -> str:
 
 
 def format_card(
-    parameters: int, progress: Progress, corpus: Corpus, measured: Measurements, trained_on: str, samples: Path
+    parameters: int,
+    progress: Progress,
+    corpus: Corpus,
+    measured: Measurements,
+    trained_on: str,
+    tokenizer_from: str,
+    samples: Path,
 ) -> str:
     """The model card; every figure in it comes from this run. `samples` is the folder of the sample files."""
     scored = read_scored(samples)
@@ -279,10 +286,10 @@ def format_card(
         questions="\n".join(f"  - `{question}`" for question in QUOTED_QUESTIONS),
         works=_share(tell_work),
         clauses=_share(tell_clause),
+        truths=_share(tell_truth),
         texts=TEXTS,
         scored=len(scored),
         wanted=len({text for row in scored.values() for text in texts_of(row)}),
-        leaks=measured.leaks or "none",
         hashes="\n".join(
             f"  - `{name}`: `{hashlib.sha256((samples / name).read_bytes()).hexdigest()}`" for name in SCORED_FILES
         ),
@@ -297,6 +304,7 @@ def format_card(
         seed=corpus.seed,
         minutes=progress.seconds / 60,
         trained_on=trained_on,
+        tokenizer_from=tokenizer_from,
         held_out=VALIDATION_WINDOWS * WINDOW,
         loss=measured.loss,
         nf4_loss=measured.nf4_loss,

@@ -195,7 +195,19 @@ class Pretrainer:
         return True
 
     def run(self, compiled: torch.nn.Module) -> None:
-        """Train until the budget is spent; checkpoints and a line of progress on the way."""
+        """Train until the budget is spent; checkpoints and a line of progress on the way. Ctrl-C saves and ends."""
+        try:
+            self._train(compiled)
+        except KeyboardInterrupt:
+            self._save_on_first()
+            raise SystemExit("stopped; the same command goes on from here") from None
+        self._save_on_first()
+
+    def _save_on_first(self) -> None:
+        if rank() == 0:
+            self.save()
+
+    def _train(self, compiled: torch.nn.Module) -> None:
         started, before, tokens_before = time.monotonic(), self.progress.seconds, self.progress.tokens
         saved = reported = started
         while (fraction := self.budget.fraction(self.progress.tokens, self.progress.seconds)) < 1:
@@ -210,8 +222,6 @@ class Pretrainer:
             if now - saved >= CHECKPOINT_EVERY_S:
                 saved = now
                 self.save()
-        if rank() == 0:
-            self.save()
 
     def _agree(self, seconds: float) -> float:
         """The first process's clock, so that all of them stop at the same step."""

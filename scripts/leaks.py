@@ -23,7 +23,9 @@ _WITH_TEXT = [
     for phrase in (*phrases.trained, *phrases.new)
     if "{text}" in phrase
 ]
-_NOT_WORDS = re.compile(r"[\W_]+")
+_NOT_WORDS = re.compile(r"(?:[\W_]|\band\b)+")  # "a, b and c" is the list "a, b, c"
+# Their last question means nothing alone: "What is my name?" stands in pairs too, after other names.
+NEED_CONTEXT = ("memory", "system_format")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Leak:
 
 
 def as_words(text: str) -> str:
-    """Lower-case words with single spaces, one at each end, so that only whole words match."""
+    """Lower-case words but "and", with single spaces, one at each end, so that only whole words match."""
     return f" {_NOT_WORDS.sub(' ', text.lower()).strip()} "
 
 
@@ -47,13 +49,15 @@ def conversation(row: dict[str, Any]) -> list[str]:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """What of a held-out row must stand nowhere else: its prompt, and the passage that the prompt works on.
+    """What of a held-out row must stand nowhere else: its prompt, its last question, and the passage of that.
 
     The passage is the row's input, or stands in the instruction where its phrasing says {text}.
     """
     *earlier, question, _ = conversation(row)
     instruction, _, passage = question.partition("\n\n")
     texts = {as_words(" ".join([*earlier, question])), as_words(passage)}
+    if row["task"] not in NEED_CONTEXT:
+        texts.add(as_words(question))
     texts |= {as_words(found["text"]) for phrase in _WITH_TEXT if (found := phrase.fullmatch(instruction))}
     return sorted(text for text in texts if len(text.split()) >= SHORTEST_TEXT)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from leaks import texts_of
+from leaks import SCORED_FILES, find_in_pairs, texts_of
 from sample_tasks import TASKS, UNSCORED_TASKS, UNSEEN_TASKS, Draw, Row, chat
 
 Tasks = dict[str, Callable[[Draw], Row]]
@@ -34,20 +34,26 @@ PAIRS_OF = {
     "ticket_team": 64,
     "summary": 64,
     "bullets": 64,
-    "small_talk": 48,
+    "small_talk": 64,
 }
+MOST_DRAWS = 200  # for each row wanted
 FOLDER = Path(__file__).resolve().parent.parent
-# Word runs that the corpus happens to hold across the edge of a list, found by make_base.py: not for scored rows.
+# Word runs that the corpus or a pair happens to hold across the edge of a list, found by the leak check: not for
+# scored rows.
 FOUND_IN_CORPUS = {
+    " banana lime bean ",
     " beet potato cabbage ",
     " black red grey ",
     " cabbage bean onion ",
     " carrot pea bean ",
     " carrot potato cucumber ",
     " cherry fig grape ",
+    " cherry onion peach ",
+    " gardener firefighter judge ",
     " green yellow red ",
     " grey black brown yellow ",
     " grey orange brown green ",
+    " grey orange yellow ",
     " grey purple red ",
     " horse goat camel ",
     " parrot mirror frog ",
@@ -83,15 +89,18 @@ def make_rows(tasks: Tasks, counts: dict[str, int], draw: Draw, taken: set[str])
     """Draw so many rows of each task, no prompt twice nor any of `taken`, then mix the tasks."""
     rows: list[Row] = []
     for task, make in tasks.items():
-        made = 0
+        made = tried = 0
         while made < counts[task]:
+            if (tried := tried + 1) > MOST_DRAWS * counts[task]:
+                raise ValueError(f"task {task} has fewer than {counts[task]} different rows; only {made} were found")
             row = make(draw)
             if "output" in row and not draw.new and draw.rng.random() < TURNS_BEFORE:
                 row = after_another(row, draw_single(tasks, draw))
+            row = {"task": task, **row}
             known = draw.held_out and not FOUND_IN_CORPUS.isdisjoint(texts_of(row))
             if not known and prompt_of(row) not in taken:
                 taken.add(prompt_of(row))
-                rows.append({"task": task, **row})
+                rows.append(row)
                 made += 1
     draw.rng.shuffle(rows)
     return rows
@@ -122,7 +131,12 @@ def main() -> None:
     parser.add_argument("--scored-per-task", type=int, default=SCORED, help="held-out rows of each task")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name, rows in make_files(args.seed, args.rows_per_task, args.scored_per_task).items():
+    files = make_files(args.seed, args.rows_per_task, args.scored_per_task)
+    scored = {f"{name}:{line}": row for name in SCORED_FILES for line, row in enumerate(files[name], start=1)}
+    if found := find_in_pairs(scored, files["sample.jsonl"]):
+        raise SystemExit(f"{len(found)} texts of held-out rows stand in the pairs: {found}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.out / name).write_text(text, encoding="utf-8")
         print(f"{name}: {len(rows)} rows, {len({row['task'] for row in rows})} tasks, {len(text) / 1e3:.0f} kB")

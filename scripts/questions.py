@@ -1,4 +1,4 @@
-"""How sample.jsonl asks: the phrasings of every task. None of these questions and instructions is in the corpus.
+"""How sample.jsonl asks: the phrasings of every task. The corpus has some of the statements, and no instructions.
 
 Each set has phrasings for the pairs, and new ones that only sample_rephrased.jsonl uses.
 """
@@ -87,7 +87,7 @@ FACT_QUESTIONS: dict[str, Phrases] = {
             "What is the name for the young of {ax}?",
             "Give me the word for a young {x}.",
         ),
-        ("How do we call a young {x}?", "What is the word for a baby {x}?"),
+        ("What do we call a young {x}?", "What is the word for a baby {x}?"),
     ),
     "workplace": Phrases(
         (
@@ -351,7 +351,7 @@ SUMMARY_PHRASES = Phrases(
 
 # Conversations.
 GREETINGS = Phrases(
-    ("Hello, my name is {a}.", "Hi! I am {a}.", "Good morning, I'm {a}.", "Hey there, {a} here."),
+    ("Hello, my name is {a}.", "Hi! I am {a}.", "Good morning, I'm {a}.", "Hey there, {a} here.", "My name is {a}."),
     ("Hi, my name is {a}.", "Hello! I'm {a}."),
 )
 GREETING_REPLY = "Nice to meet you, {a}."
@@ -378,13 +378,14 @@ FAVOURITE_QUESTIONS = Phrases(
     ("What colour do I like best?", "Can you tell me my favourite colour?"),
 )
 TOWN_STATEMENTS = Phrases(
-    ("I live in {v}.", "My home is in {v}.", "I come from {v}.", "I am from {v}."),
-    ("My home town is {v}.", "I have a flat in {v}."),
+    ("I live in {v}.", "My home is in {v}.", "I have a house in {v} and live there.", "My family and I live in {v}."),
+    ("My home town is {v} and I live there.", "I have a flat in {v}."),
 )
 TOWN_QUESTIONS = Phrases(
-    ("Where do I live?", "Which city do I come from?", "Do you remember where I live?", "Tell me where I am from."),
-    ("In which city do I live?", "Where do I come from?"),
+    ("Where do I live?", "Which city do I live in?", "Do you remember where I live?", "Tell me where I live."),
+    ("In which city do I live?", "What city is my home?"),
 )
+TOLD_REPLY = "I will remember that."
 FOLLOW_UPS = Phrases(
     ("And the {relation}?", "What about the {relation}?", "And what is its {relation}?", "Now the {relation}, please."),
     ("And its {relation}?", "Tell me the {relation} too."),

@@ -1,6 +1,7 @@
 """The task types of the sample files: each function draws one row of its task."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 import questions as q
 from corpus_work import draw_members
-from facts import ENTITY_FACTS, SENTENCES, WORD_FACTS, Fact, capitalise, state, with_article
+from facts import ENTITY_FACTS, SENTENCES, WORD_FACTS, Fact, state, with_article
 from questions import Phrases
 from scenes import (
     CATEGORIES,
@@ -31,7 +32,7 @@ from scenes import (
 )
 from split import ENTITIES, SHORTEST_LIST, is_reserved
 from wordlists import EXCLAMATIONS, MEN, SURNAMES, THINGS, WOMEN
-from world import ANIMALS, COLOURS, COUNTRIES, DAYS, JOBS, MONTHS, NUMBERS, VERBS
+from world import ANIMALS, COLOURS, COUNTRIES, DAYS, JOBS, MONTHS, NUMBERS, VERBS, words
 
 Row = dict[str, object]
 Item = TypeVar("Item", Scene, Deed)
@@ -48,6 +49,9 @@ FORM_FACTS = [fact for fact in WORD_FACTS if fact.relation in ("plural", "past")
 HELD_OUT_VERBS = {form for verb in VERBS if is_reserved(verb.base, ENTITIES) for form in (verb.third, verb.past)}
 # Openings after which a sentence starts with a capital letter.
 OPENINGS = [text for text in EXCLAMATIONS if text[-1] in "!."]
+# Sentences that the base may read, and a person would not: left out of the rows.
+ODD_TEXTS = ("has a high fever since", "has a light fever since", "scanner does not print", "login page shows an error")
+ODD_IN_REVIEWS = words("dirty boring broken ugly useless disgusting noisy helpful comfortable beautiful charming")
 INVENTED = 0.05  # share of rows with an invented name: it reads oddly, yet tests copying
 SERIES = (("days", DAYS), ("months", MONTHS), ("numbers", NUMBERS[1:]))
 
@@ -68,7 +72,9 @@ class Draw:
         return is_reserved(entity, ENTITIES) == self.held_out
 
     def fact(self, facts: list[Fact]) -> Fact:
-        return self.rng.choice([fact for fact in facts if self.mine(fact.subject)])
+        """An opposite and its reverse are one pair of words, and stand on the same side."""
+        keys = {fact: " ".join(sorted((fact.subject, fact.value))) for fact in facts if fact.relation == "opposite"}
+        return self.rng.choice([fact for fact in facts if self.mine(keys.get(fact, fact.subject))])
 
     def name(self) -> str:
         if self.rng.random() < INVENTED:
@@ -86,8 +92,10 @@ class Draw:
             fields = {"a": item.who} if isinstance(item, Deed) else item.fields
             names = [str(fields[key]) for key in NAME_FIELDS if key in fields]
             known = all(word in KNOWN_NAMES for name in names for word in name.split())
-            people = [first for name in names if (first := name.split()[0]) in FIRST_NAMES]
-            if (known or self.rng.random() < INVENTED) and all(self.mine(first) for first in people):
+            text = item.past if isinstance(item, Deed) else item.text
+            odd = any(odd in text for odd in ODD_TEXTS)
+            people = [word for word in re.findall(r"\w+", text) if word in FIRST_NAMES]
+            if not odd and (known or self.rng.random() < INVENTED) and all(self.mine(first) for first in people):
                 return item
 
 
@@ -160,7 +168,10 @@ def draw_topic(draw: Draw) -> Scene:
 
 
 def sentiment_row(draw: Draw) -> Row:
+    """Only of words that fit whatever is reviewed."""
     scene = draw.item(make_review)
+    while any(odd in scene.text for odd in ODD_IN_REVIEWS):
+        scene = draw.item(make_review)
     return single(draw, q.SENTIMENT_PHRASES, scene.text, str(scene.fields["mood"]))
 
 
@@ -223,7 +234,7 @@ def series_row(draw: Draw) -> Row:
     name, series = draw.rng.choice(SERIES)
     count = draw.rng.randint(2, 3)  # of four, the tuned base gave three
     start = draw.rng.randrange(len(series) - count)
-    if not draw.mine(f"{count} after {series[start]}"):
+    if not draw.mine(f"after {series[start]}"):
         return series_row(draw)
     run = ", ".join(series[start + 1 : start + 1 + count])
     return single(draw, q.SERIES_PHRASES, "", run, count=NUMBERS[count], series=name, start=series[start])
@@ -271,13 +282,11 @@ def _told_talk(draw: Draw) -> Row:
     towns = [country.capital for country in COUNTRIES if draw.mine(country.name)]
     if draw.rng.random() < 0.5:
         v = draw.rng.choice(colours)
-        said, reply = q.FAVOURITE_STATEMENTS, f"{capitalise(v)} is a nice colour."
-        asked, answer = q.FAVOURITE_QUESTIONS, f"Your favourite colour is {v}."
+        said, asked, answer = q.FAVOURITE_STATEMENTS, q.FAVOURITE_QUESTIONS, f"Your favourite colour is {v}."
     else:
         v = draw.rng.choice(towns)
-        said, reply = q.TOWN_STATEMENTS, f"{v} is a nice city."
-        asked, answer = q.TOWN_QUESTIONS, f"You live in {v}."
-    return chat(draw.phrase(said).format(v=v), reply, *_between(draw), draw.phrase(asked), answer)
+        said, asked, answer = q.TOWN_STATEMENTS, q.TOWN_QUESTIONS, f"You live in {v}."
+    return chat(draw.phrase(said).format(v=v), q.TOLD_REPLY, *_between(draw), draw.phrase(asked), answer)
 
 
 def _follow_up_talk(draw: Draw) -> Row:
@@ -297,21 +306,23 @@ def small_talk_row(draw: Draw) -> Row:
 
 
 def system_row(draw: Draw) -> Row:
-    """A system prompt that sets the form of the answer."""
-    fact = draw.fact(COUNTRY_FACTS + ANIMAL_FACTS + OPPOSITE_FACTS + FORM_FACTS)
-    question, answer = ask_fact(fact, draw)
+    """A system prompt that sets the form of the answers, half of the time of two."""
     opening, name = draw.rng.choice(OPENINGS), draw.name()
-    persona = chat(
-        draw.phrase(q.PERSONA_QUESTIONS), f"I am {name}.", system=draw.phrase(q.PERSONA_SYSTEMS).format(a=name)
+    forms: tuple[tuple[str, Callable[[Fact, str], str]], ...] = (
+        (draw.phrase(q.OPENING_SYSTEMS).format(opening=opening), lambda _, answer: f"{opening} {answer}"),
+        (draw.phrase(q.CAPITALS_SYSTEMS), lambda _, answer: answer.upper()),
+        (draw.phrase(q.JSON_SYSTEMS), lambda fact, _: json.dumps({"answer": fact.value})),
     )
-    opened = draw.phrase(q.OPENING_SYSTEMS).format(opening=opening)
-    rows = (
-        persona,
-        chat(question, f"{opening} {answer}", system=opened),
-        chat(question, answer.upper(), system=draw.phrase(q.CAPITALS_SYSTEMS)),
-        chat(question, json.dumps({"answer": fact.value}), system=draw.phrase(q.JSON_SYSTEMS)),
-    )
-    return draw.rng.choice(rows)
+    if draw.rng.random() < 0.25:
+        persona = draw.phrase(q.PERSONA_SYSTEMS).format(a=name)
+        return chat(draw.phrase(q.PERSONA_QUESTIONS), f"I am {name}.", system=persona)
+    system, form = draw.rng.choice(forms)
+    turns: list[str] = []
+    for _ in range(draw.rng.choice((1, 2))):
+        fact = draw.fact(COUNTRY_FACTS + ANIMAL_FACTS + OPPOSITE_FACTS + FORM_FACTS)
+        question, answer = ask_fact(fact, draw)
+        turns += question, form(fact, answer)
+    return chat(*turns, system=system)
 
 
 def _unseen_fact(relation: str) -> Callable[[Draw], Row]:

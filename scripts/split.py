@@ -13,7 +13,7 @@ from random import Random
 from typing import TypeVar
 
 TEXTS = 64  # one text in so many is reserved: never in the corpus, never in a pair
-ENTITIES = 6  # countries, animals, jobs, words, first names: never in a pair; the corpus does tell of them
+ENTITIES = 6  # countries, animals, jobs, words, first names: no pair asks about them; the corpus does tell of them
 SHORTEST_LIST = 3  # [words] shorter lists are too few to reserve any
 Item = TypeVar("Item")
 _LIST = re.compile(r"\w+(?:, \w+){2,}")

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -93,8 +95,37 @@ def test_a_planted_copy_is_found(pairs: list[dict], scored: dict[str, dict], how
 
 
 def test_a_passage_inside_the_instruction_is_searched_for_too(scored: dict[str, dict]) -> None:
-    inline = {"instruction": "Past tense, please: Ravi pushes the old lamp.", "output": "Ravi pushed the old lamp."}
+    inline = {
+        "task": "past_tense",
+        "instruction": "Past tense, please: Ravi pushes the old lamp.",
+        "output": "Ravi pushed the old lamp.",
+    }
     assert leaks.as_words("Ravi pushes the old lamp.") in leaks.texts_of(inline)
+
+
+def test_the_last_question_of_a_talk_and_a_list_written_otherwise_are_found(scored: dict[str, dict]) -> None:
+    talks = {name: row for name, row in scored.items() if "messages" in row and row["task"] not in leaks.NEED_CONTEXT}
+    assert len(talks) > 20
+    for name, row in talks.items():
+        *_, question, answer = leaks.conversation(row)
+        if len(leaks.as_words(question).split()) >= leaks.SHORTEST_TEXT:
+            alone = {"task": row["task"], "instruction": question, "output": answer}
+            assert name in {leak.row for leak in leaks.find_in_pairs({name: row}, [alone])}
+    name, row = next((n, r) for n, r in scored.items() if r["task"] == "bullets" and r.get("input", "").count(",") > 1)
+    *most, last = row["input"].split(", ")
+    assert leaks.find_in_text({name: row}, [f"She bought {', '.join(most)} and {last}."])[0].row == name
+
+
+def test_an_opposite_and_its_reverse_stand_on_one_side(pairs: list[dict], scored: dict[str, dict]) -> None:
+    said = re.compile(r"the opposite of (\w+) is (\w+)", re.IGNORECASE)
+
+    def opposites(rows: Iterable[dict]) -> set[frozenset[str]]:
+        texts = " ".join(text for row in rows for text in leaks.conversation(row)).lower()
+        return {frozenset(found) for found in said.findall(texts)}
+
+    held_out = opposites(row for row in scored.values() if row["task"] == "words")
+    assert len(held_out) > 3
+    assert not held_out & opposites(pairs)
 
 
 @pytest.mark.parametrize(
