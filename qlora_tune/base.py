@@ -34,9 +34,12 @@ class BaseModel:
         return Path(self.name).resolve().name if is_local else self.name
 
     def context_length(self) -> int | None:
-        """max_position_embeddings of its config [tokens]; None where it names none."""
+        """max_position_embeddings (or GPT-2's n_positions) of its config [tokens]; None where it names none."""
         config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
+        text = config.get("text_config")
+        config |= text if isinstance(text, dict) else {}
+        length = config.get("max_position_embeddings", config.get("n_positions"))
+        return length if isinstance(length, int) and length > 0 else None
 
 
 def is_downloaded(name: str) -> bool:

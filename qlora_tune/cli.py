@@ -171,12 +171,11 @@ def evaluate(
     from qlora_tune.prepare import other_examples
 
     found = _find_run(run, runs_dir)
-    config = found.read_config()
-    examples, report = other_examples(config, data) if data else (found.read_heldout(), None)
+    config, trained = found.read_config(), _open_run(found, None)
+    examples, report = other_examples(found, data, trained.chat) if data else (found.read_heldout(), None)
     if report and report.problems:
         say(f"{report.rejected} of {report.rows_in} rows not scored:")
         terminal.show_problems(report)
-    trained = _open_run(found, None)
     name = "-".join(Path(file).stem for file in data)
     _score(found, config, trained.load(), trained.chat, examples, name)
 

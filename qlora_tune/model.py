@@ -103,8 +103,10 @@ def detect_device() -> Device:
         precision: Precision = "bfloat16" if properties.major >= 8 else "float16"
         return Device("cuda", properties.name, properties.total_memory, precision)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    memory = psutil.virtual_memory().total
-    return Device("cpu", f"CPU, {_all_threads()} cores", memory, "bfloat16" if fast_bf16 else "float32")
+    memory, threads = psutil.virtual_memory().total, _all_threads()
+    return Device(
+        "cpu", f"CPU, {threads} thread{'s' if threads > 1 else ''}", memory, "bfloat16" if fast_bf16 else "float32"
+    )
 
 
 def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:

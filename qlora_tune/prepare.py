@@ -20,6 +20,7 @@ from qlora_tune.config import TrainConfig, load_preset, shipped_path
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, join_problems
 from qlora_tune.model import Device, Precision, Quantization
+from qlora_tune.runs import Run, fingerprint_files
 from qlora_tune.shapes import Example
 
 
@@ -105,9 +106,7 @@ def _refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
 
 def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
-    twice = [file for file, count in Counter(data_files(config)).items() if count > 1]
-    if twice:
-        raise DataError(f"{', '.join(twice)}: given twice. Name each file once; --num-train-epochs repeats rows.")
+    _refuse_twice(data_files(config))
     labels = rows.label_files(data_files(config))
     examples, report = rows.load_examples(training_files(config), labels)
     if heldout_files(config):
@@ -134,16 +133,38 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     return PreparedData(train, heldout, kept, report)
 
 
-def other_examples(config: TrainConfig, files: Sequence[str]) -> tuple[list[Example], DataReport]:
-    """Rows of other files to score a run on, less those whose prompt it was trained on, and what became of them."""
-    labels = rows.label_files([*_absolute(list(files)), *training_files(config)])
-    candidates, report = rows.load_examples(_absolute(list(files)), labels)
+def _refuse_twice(files: Sequence[str]) -> None:
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise DataError(f"{', '.join(twice)}: given twice. Name each file once; --num-train-epochs repeats rows.")
+
+
+def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[list[Example], DataReport]:
+    """Rows of other files to score a run on, and what became of the rest.
+
+    Left out are rows whose prompt the run was trained on, and rows longer than its max_length. Raises DataError when
+    nothing is left, or when the training files have changed, so that nobody can tell what was trained on.
+    """
+    config, names = run.read_config(), _absolute(list(files))
+    _refuse_twice(names)
+    if any(not Path(file).exists() for file in data_files(config)) or (
+        fingerprint_files(data_files(config)) != run.read_state()["data_fingerprint"]
+    ):
+        raise DataError(
+            f"The files that {run.name} was trained on are gone or have changed, so which rows are new to it can't be "
+            f"told. Put them back: {', '.join(data_files(config))}"
+        )
+    labels = rows.label_files([*names, *training_files(config)])
+    candidates, report = rows.load_examples(names, labels)
+    heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
     trained_on, _ = rows.load_examples(training_files(config), labels)
-    clean, leaks = rows.drop_seen(trained_on, candidates)
-    report.problems += leaks
-    if not clean:
-        raise DataError(join_problems("Every row of these files was trained on.", [str(leak) for leak in leaks]))
-    return clean, report
+    clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], candidates)
+    sequences, too_long = tokenize_examples(chat, clean, config.max_length)
+    report.problems += leaks + too_long
+    whole = {sequence.source for sequence in sequences}
+    if not whole:
+        raise DataError(join_problems("No row of these files is left to score.", [str(p) for p in report.problems]))
+    return [example for example in clean if example.source in whole], report
 
 
 def quantization_of(config: TrainConfig) -> Quantization:

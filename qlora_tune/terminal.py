@@ -19,7 +19,7 @@ from rich.text import Text
 
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_value
 from qlora_tune.data import DataReport
-from qlora_tune.errors import MAX_LISTED
+from qlora_tune.errors import MAX_LISTED, ModelError
 from qlora_tune.evaluate import Comparison, is_exact_match
 from qlora_tune.runs import Run
 from qlora_tune.shapes import Message
@@ -303,7 +303,7 @@ def chat_loop(reply: Reply, fit: Callable[[list[Message]], list[Message]]) -> No
     `fit(messages)` leaves out the oldest turns that no longer fit the model's context.
     """
     messages: list[Message] = []
-    tuned = True
+    tuned, told = True, False
     say(f"Chatting with the tuned model. {CHAT_HELP}")
     while True:
         try:
@@ -318,22 +318,32 @@ def chat_loop(reply: Reply, fit: Callable[[list[Message]], list[Message]]) -> No
             tuned = command == "/tuned"
             console.print(f"now {command[1:]}", style="dim")
         elif command == "/clear":
-            messages = [turn for turn in messages if turn["role"] == "system"]
+            messages, told = [turn for turn in messages if turn["role"] == "system"], False
             console.print("conversation cleared", style="dim")
         elif command == "/system":
-            messages = [Message(role="system", content=rest.strip())] if rest.strip() else []
+            messages, told = [Message(role="system", content=rest.strip())] if rest.strip() else [], False
             console.print("system prompt set, conversation cleared" if messages else "no system prompt", style="dim")
+        elif command == "/help":
+            say(CHAT_HELP)
         elif command.startswith("/"):
             say(f"unknown command {command}. {CHAT_HELP}")
         elif line:
             asked = [*messages, Message(role="user", content=line)]
-            messages = fit(asked)
-            if len(messages) < len(asked):
-                console.print("(the oldest turns no longer fit the model's context, and are left out)", style="dim")
-            answer = _stream(reply(messages, tuned), "tuned" if tuned else "base")
+            try:
+                fitting = fit(asked)
+            except ModelError as error:
+                say(str(error))
+                continue
+            if len(fitting) < len(asked) and not told:
+                console.print(
+                    "(the oldest turns no longer fit the model's context and are left out from now on)", style="dim"
+                )
+                told = True
+            answer = _stream(reply(fitting, tuned), "tuned" if tuned else "base")
             # An empty answer can't stand in the history: templates would render a turn that never was learned.
-            messages = [*messages, Message(role="assistant", content=answer)] if answer else messages[:-1]
-            if not answer:
+            if answer:
+                messages = [*fitting, Message(role="assistant", content=answer)]
+            else:
                 say("(no answer; this turn is left out of the conversation)")
 
 

@@ -37,10 +37,10 @@ def builtin() -> tuple[Any, Any, Any]:
 
 
 def settings(**changes: Any) -> Any:
-    """Settings of the builtin preset with some changes."""
+    """Settings of the builtin preset with some changes, and evaluations that a short run reaches."""
     from qlora_tune.config import resolve_config
 
-    return resolve_config({"preset": "builtin", **changes}).config
+    return resolve_config({"preset": "builtin", "eval_steps": "0.25", **changes}).config
 
 
 @pytest.fixture(scope="session")

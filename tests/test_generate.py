@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tune.errors import ModelError
 from qlora_tune.generate import fit_context, generate_answers, stop_ids, stream_reply
 from qlora_tune.shapes import Message
 
@@ -81,5 +82,7 @@ def test_a_talk_longer_than_the_context_loses_its_oldest_turns_only(exact: Any) 
     assert len(chat.encode_prompt(kept)) + context // 4 <= context
     assert len(chat.encode_prompt([turns[0], *turns[-len(kept) - 1 :]])) + context // 4 > context  # no turn too few
     assert fit_context(model, chat, kept, max_new_tokens=256) == kept
+    with pytest.raises(ModelError, match=f"of the {context} that this base sees"):
+        fit_context(model, chat, [*turns, Message(role="user", content="too long " * 400)], max_new_tokens=256)
     tokens = chat.tokenizer("".join(stream_reply(model, chat, kept, max_new_tokens=9999, temperature=5.0)))
     assert len(tokens["input_ids"]) <= context

@@ -20,7 +20,7 @@ from qlora_tune import train as training
 from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, MemoryLimitError, RunError
 from qlora_tune.model import attach_adapter, load_base, only_learned
-from qlora_tune.prepare import prepare, quantization_of
+from qlora_tune.prepare import other_examples, prepare, quantization_of
 from qlora_tune.runs import Run, keep_whole_checkpoints, new_run, step_of
 
 
@@ -151,6 +151,33 @@ def test_scoring_only_learned_positions_changes_neither_loss_nor_gradients(tmp_p
     assert len(found) == len(expected) > 0
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     assert model(**inputs).logits.shape == whole.shape  # the hook is gone
+
+
+def test_other_rows_are_scored_but_for_those_trained_on_or_too_long(tmp_path: Path) -> None:
+    config = short(tmp_path, max_steps="1")
+    run, result = fit(config)
+    chat = result.setup.chat
+    heldout, *_ = result.setup.data.heldout_examples
+    prompts = {example.messages[0]["content"] for example in result.setup.data.heldout_examples}
+    rows = [json.loads(line) for line in Path(config.data[0]).read_text().splitlines()]
+    trained_on = next(row for row in rows if row["instruction"] not in prompts)
+    asked = [
+        {"instruction": "Say a thing that no row says.", "output": "A thing."},
+        {"instruction": heldout.messages[0]["content"], "output": heldout.messages[-1]["content"]},
+        {"instruction": "Say this. " * 300, "output": "No."},
+        trained_on | {"output": "Another answer."},
+    ]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(row) for row in asked))
+    examples, report = other_examples(run, [str(other)], chat)
+    assert [example.messages[-1]["content"] for example in examples] == ["A thing.", heldout.messages[-1]["content"]]
+    assert report.rows_in == len(asked) == len(examples) + report.rejected
+    assert any("max_length" in problem.reason for problem in report.problems)
+    with pytest.raises(DataError, match="given twice"):
+        other_examples(run, [str(other)] * 2, chat)
+    rows_file(Path(config.data[0]), 39)
+    with pytest.raises(DataError, match="gone or have changed"):
+        other_examples(run, [str(other)], chat)
 
 
 def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
