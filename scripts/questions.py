@@ -385,7 +385,7 @@ TOWN_QUESTIONS = Phrases(
     ("Where do I live?", "Which city do I live in?", "Do you remember where I live?", "Tell me where I live."),
     ("In which city do I live?", "What city is my home?"),
 )
-TOLD_REPLY = "I will remember that."
+TOLD_REPLY = "I will not forget that."
 FOLLOW_UPS = Phrases(
     ("And the {relation}?", "What about the {relation}?", "And what is its {relation}?", "Now the {relation}, please."),
     ("And its {relation}?", "Tell me the {relation} too."),

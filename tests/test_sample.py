@@ -61,16 +61,18 @@ def test_no_held_out_prompt_or_passage_stands_in_the_corpus(scored: dict[str, di
 
 def test_answers_use_no_token_that_the_base_never_met(pairs: list[dict], scored: dict[str, dict]) -> None:
     """An embedding never trained can't be learned by LoRA: a "?", in the corpus always before a quote, came out as
-    a broken byte. Longer tokens come from the corpus by construction."""
+    a broken byte, and "remember" as "reme"."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "qlora_tune" / "builtin")
-    met = {token for text in islice(corpus.generate_documents(0, 0), 3000) for token in tokenizer.encode(text)}
+    shards = [islice(corpus.generate_documents(0, shard), 5000) for shard in (0, 3, 7)]
+    met = {token for documents in shards for text in documents for token in tokenizer.encode(text)}
     answers = [leaks.conversation(row)[1::2] for row in (*pairs, *scored.values()) if "messages" not in row]
     answers += [
-        [t["content"] for t in row["messages"] if t["role"] == "assistant"] for row in pairs if "messages" in row
+        [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        for row in (*pairs, *scored.values())
+        if "messages" in row
     ]
     used = {token for texts in answers for text in texts for token in tokenizer.encode(text)}
-    unmet = {tokenizer.decode([token]) for token in used - met}
-    assert {text for text in unmet if len(text) == 1} == set()
+    assert {tokenizer.decode([token]) for token in used - met} == set()
     assert tokenizer.encode("?")[0] not in met
 
 
