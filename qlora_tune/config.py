@@ -59,15 +59,25 @@ class TrainConfig(BaseModel):
         "Data",
         "`auto`: the tokenizer's own, else ChatML, else `plain` roles ended by the base's end-of-text token.",
     )
-    data: list[str] = setting([], "Data", "Files of instruction-response pairs (.jsonl or .json); may repeat.")
+    data: list[str] = setting(
+        [], "Data", "Files or folders of instruction-response pairs, or a hub dataset's id; may repeat."
+    )
     heldout_data: list[str] = setting(
         [], "Data", "Files held out of training and used to score; replaces heldout_share. The sample has its own."
     )
+    map: list[str] = setting(
+        [], "Data", "Which column is which field, as FIELD=COLUMN (instruction=question); may repeat."
+    )
+    encoding: str = setting("auto", "Data", "Encoding of the files; `auto`: UTF-8, UTF-16 by its mark, else cp1252.")
     heldout_share: float = setting(
         0.1, "Data", "Share of the rows held out of training, whole duplicate groups at a time.", ge=0, le=0.5
     )
     max_length: int = setting(
         1024, "Data", "Longest sequence; rows that are longer are left out and counted.", "tokens", ge=16, le=1_000_000
+    )
+
+    long_chats: Literal["cut", "split"] = setting(
+        "cut", "Data", "A chat beyond max_length: `cut` after the last turn that fits, or `split` into several chats."
     )
 
     lora_r: int = setting(16, "LoRA", "Rank of the adapter.", ge=1, le=1024)
@@ -129,7 +139,7 @@ class TrainConfig(BaseModel):
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
     run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")
 
-    @field_validator("data", "heldout_data", "lora_target_modules", mode="before")
+    @field_validator("data", "heldout_data", "map", "lora_target_modules", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -1,23 +1,36 @@
-"""Files to examples: read rows, turn each into a conversation, report what became of it, hold some out.
+"""Files to examples: read rows, turn each into conversations, report what became of it, hold some out.
 
-First station of a row's journey. Nothing is dropped silently: every row read becomes an Example or a DataProblem
+Second station of a row's journey. Nothing is dropped silently: every row read becomes an Example or a DataProblem
 that names file, line and reason.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
-from qlora_tune.errors import DataError, join_problems
-from qlora_tune.shapes import KNOWN_SHAPES, DataProblem, Example, Row, RowError, reject_example, to_example, type_name
+from qlora_tune.containers import SUFFIXES, list_files, read_rows
+from qlora_tune.duplicates import find_near, sketch
+from qlora_tune.errors import ConfigError, DataError, join_problems
+from qlora_tune.hub import fetch_dataset, is_dataset_id
+from qlora_tune.shapes import (
+    FIELDS,
+    KNOWN_SHAPES,
+    Conversion,
+    DataProblem,
+    Example,
+    Row,
+    ShapeError,
+    detect_format,
+    map_columns,
+    reject_example,
+    to_examples,
+)
+from qlora_tune.turns import RowError
 
 
 @dataclass
@@ -27,19 +40,31 @@ class DataReport:
     rows_in: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     tasks: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, list[str]] = field(default_factory=dict)  # by file: what was found out about it
     problems: list[DataProblem] = field(default_factory=list)
+    rejections: int = 0  # rejected rows whose problem is no longer held
 
     @property
     def rejected(self) -> int:
-        return sum(problem.action == "rejected" for problem in self.problems)
+        return self.rejections + sum(problem.action == "rejected" for problem in self.problems)
 
     @property
     def changed(self) -> int:
-        return sum(problem.action == "changed" for problem in self.problems)
+        """Rows that were kept with a change; a row may have several."""
+        return len({(problem.file, problem.line) for problem in self.problems if problem.action == "changed"})
 
     @property
     def kept(self) -> int:
         return self.rows_in - self.rejected
+
+    def add(self, other: DataReport) -> None:
+        """Take another report's rows in."""
+        self.rows_in += other.rows_in
+        self.rejections += other.rejections
+        self.shapes += other.shapes
+        self.tasks += other.tasks
+        self.notes |= other.notes
+        self.problems += other.problems
 
     def group_problems(self) -> list[tuple[int, DataProblem]]:
         """Problems of one reason together (figures apart): how many, and the first of them; the most frequent first."""
@@ -49,29 +74,33 @@ class DataReport:
         return sorted(((len(group), group[0]) for group in groups.values()), key=lambda found: -found[0])
 
 
-def read_rows(path: Path) -> Iterator[Row | DataProblem]:
-    """Read one .jsonl or .json file row by row, in file order; a bad row becomes a DataProblem.
+def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """Read `instruction=question` pairs into {field: column}. Raises ConfigError naming every bad one."""
+    split = [pair.partition("=") for pair in pairs]
+    problems = [f'"{"".join(found)}": expected FIELD=COLUMN' for found in split if not found[0] or not found[2]]
+    known = ", ".join(FIELDS)
+    problems += [
+        f'"{name}" is no field; expected one of {known}'
+        for name, _, column in split
+        if name and column and name not in FIELDS
+    ]
+    twice = [name for name, count in Counter(name for name, _, _ in split).items() if count > 1]
+    problems += [f'"{name}" is mapped twice' for name in twice]
+    if problems:
+        raise ConfigError(join_problems("These columns can't be mapped:", problems))
+    return {name: column for name, _, column in split}
 
-    What the file is decides its content, not its name: JSON Lines (streamed) where its first line is a whole value
-    and more follow, else one array or object. Raises DataError when it can't be read, or when a broken array leaves
-    open how many rows were lost.
-    """
-    if not path.exists():
-        raise DataError(f"{path}: no such file. Give the path of a .jsonl or .json file.")
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder. Expected a .jsonl or .json file; name the files in it.")
-    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-        raise DataError(f'{path}: files ending in "{path.suffix}" are not read. Expected .jsonl or .json.')
-    try:
-        with path.open("rb") as file:
-            as_lines = _is_json_lines(file, path)
-            file.seek(0)
-            if as_lines:
-                yield from _read_lines(file, str(path))
-            else:
-                yield from _read_array(_decode_whole(file.read(), path), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}.") from None
+
+def find_data(paths: Sequence[str | Path]) -> list[str]:
+    """The files that data paths stand for: themselves, those of a folder, or a hub dataset's downloaded copy."""
+    found: list[str] = []
+    for path in map(str, paths):
+        # A file's name with a slip in it is no dataset: it is not sent to the hub.
+        if not Path(path).exists() and is_dataset_id(path) and not path.removesuffix(".gz").endswith(SUFFIXES):
+            found.append(str(fetch_dataset(path)))
+        else:
+            found += [str(file.resolve()) for file in list_files(Path(path))]
+    return found
 
 
 def label_files(paths: Sequence[str | Path]) -> dict[str, str]:
@@ -87,36 +116,60 @@ def label_files(paths: Sequence[str | Path]) -> dict[str, str]:
 
 
 def load_examples(
-    paths: Sequence[str | Path], labels: Mapping[str, str] | None = None
+    paths: Sequence[str | Path],
+    labels: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "auto",
 ) -> tuple[list[Example], DataReport]:
     """Read files into examples and a report. Raises DataError when no row at all can be used.
 
-    `labels` gives the names that sources carry, where more files than these must be told apart.
+    `labels` gives the names that sources carry, where more files than these must be told apart; `columns` says which
+    column is which field, where a file has names of its own.
     """
     examples: list[Example] = []
     report = DataReport()
     labels = labels or label_files(paths)
     for path in paths:
-        for row in read_rows(Path(path)):
-            report.rows_in += 1
-            if isinstance(row, DataProblem):
-                report.problems.append(row)
-                continue
-            try:
-                example, shape, change = to_example(row, labels[str(path)])
-            except RowError as error:
-                report.problems.append(DataProblem(row.file, row.line, str(error), original=row.fields))
-                continue
-            if change:
-                report.problems.append(DataProblem(row.file, row.line, change, "changed", row.fields))
-            examples.append(example)
-            report.shapes[shape] += 1
-            report.tasks[example.task or "(none)"] += 1
+        for row, conversion in convert_rows(Path(path), report, labels[str(path)], columns, encoding):
+            report.problems += [DataProblem(row.file, row.line, c, "changed", row.fields) for c in conversion.changes]
+            examples += conversion.examples
     if not examples:
         names = ", ".join(str(path) for path in paths)
-        found = [str(problem) for problem in report.problems] or [f"{names}: the file has no rows."]
+        found = [f"{problem}{more}" for problem, more in _first_of_each(report)] or [f"{names}: the file has no rows."]
         raise DataError(join_problems(f"No usable row in {names}. Expected {KNOWN_SHAPES}.", found))
     return examples, report
+
+
+def convert_rows(
+    path: Path,
+    report: DataReport,
+    label: str = "",
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "auto",
+) -> Iterator[tuple[Row, Conversion]]:
+    """Read one file as a stream: each row that gives examples; every other one goes into the report."""
+    for row in read_rows(path, (columns or {}).values(), encoding, report.notes.setdefault(str(path), [])):
+        report.rows_in += not (isinstance(row, DataProblem) and row.action == "skipped")
+        if isinstance(row, DataProblem):
+            report.problems.append(row)
+            continue
+        original = row
+        try:
+            row = row._replace(fields=map_columns(row.fields, dict(columns))) if columns else row
+            conversion = to_examples(row, label)
+        except RowError as error:
+            shape = error.shape if isinstance(error, ShapeError) else detect_format(row.fields)
+            report.shapes[shape or "unknown"] += 1
+            report.problems.append(DataProblem(row.file, row.line, str(error), original=original.fields))
+            continue
+        report.shapes[conversion.shape] += 1
+        report.tasks[conversion.examples[0].task or "(none)"] += 1
+        yield original, conversion
+
+
+def _first_of_each(report: DataReport) -> list[tuple[DataProblem, str]]:
+    groups = report.group_problems()
+    return [(first, f" (and {count - 1} more like it)" if count > 1 else "") for count, first in groups]
 
 
 def duplicate_key(example: Example) -> str:
@@ -129,13 +182,12 @@ def duplicate_key(example: Example) -> str:
 def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out about `share` of each task's examples, whole duplicate groups at a time.
 
-    Returns (train, heldout), both in file order. No duplicate group stands on both sides; a group larger than its
-    task's budget stays in training. What a task is too small to give up is carried to the next one, so that the
-    share holds over many small tasks. One group at least is held out where there are two, and one always trained on.
+    Returns (train, heldout), both in file order. No duplicate group (rows of one prompt, and near copies) stands on
+    both sides; a group larger than its task's budget stays in training. What a task is too small to give up is
+    carried to the next one, so that the share holds over many small tasks. One group at least is held out where
+    there are two, and one always trained on.
     """
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(duplicate_key(example), []).append(index)
+    groups = _group_copies(examples)
     by_task: dict[str, list[list[int]]] = {}
     for key in sorted(groups):
         by_task.setdefault(examples[groups[key][0]].task or "", []).append(groups[key])
@@ -159,6 +211,20 @@ def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple
     return train, [example for index, example in enumerate(examples) if index in chosen]
 
 
+def _group_copies(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Indices of examples by group: those of one prompt, and the groups that near copies bring together."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(duplicate_key(example), []).append(index)
+    firsts = {members[0]: key for key, members in groups.items()}
+    kept = sorted(firsts)
+    for row, earlier, _ in find_near([sketch(examples[index]) for index in kept]):
+        key, into = firsts[kept[row]], firsts[kept[earlier]]
+        groups[into] += groups.pop(key)
+        firsts[kept[row]] = into
+    return groups
+
+
 def drop_seen(train: Sequence[Example], heldout: Sequence[Example]) -> tuple[list[Example], list[DataProblem]]:
     """Leave out held-out examples whose duplicate group also stands in training: they would flatter the score."""
     seen = {duplicate_key(example): example.source for example in train}
@@ -168,94 +234,3 @@ def drop_seen(train: Sequence[Example], heldout: Sequence[Example]) -> tuple[lis
         reject_example(example, f"held out, but the same prompt is trained on at {seen[duplicate_key(example)]}")
         for example in leaks
     ]
-
-
-def _is_json_lines(file: IO[bytes], path: Path) -> bool:
-    filled = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
-    first = next((line for line in filled if line), b"")
-    try:
-        value = json.loads(first)
-    except (ValueError, RecursionError):
-        # A bad first line of JSON Lines, or an array or object that goes on: then it ends on a later line.
-        return not first.startswith(b"[") and not (first.startswith(b"{") and path.suffix.lower() == ".json")
-    return isinstance(value, dict) or any(filled)
-
-
-def _decode_whole(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
-
-
-def _read_lines(lines: Iterable[bytes], name: str) -> Iterator[Row | DataProblem]:
-    for number, content in enumerate(lines, start=1):
-        content = content.removeprefix(codecs.BOM_UTF8).strip()
-        if not content:
-            continue
-        try:
-            yield _as_row(_DECODER.decode(content.decode()), name, number)
-        except UnicodeDecodeError as error:
-            lossy = content.decode(errors="backslashreplace")
-            yield DataProblem(name, number, f"not UTF-8 text (byte {error.start} of the line)", original=lossy)
-        except (ValueError, RecursionError) as error:
-            yield DataProblem(name, number, f"not valid JSON: {_json_reason(error)}", original=content.decode())
-
-
-def _read_array(text: str, name: str) -> Iterator[Row | DataProblem]:
-    """Decode array elements one by one, so that each keeps the line it starts on."""
-    alone = text.lstrip().startswith("{")
-    position = _skip(text, 0, "" if alone else "[")
-    line, counted = 1, 0
-    while position < len(text) and text[position] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, end = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}:{line}: not valid JSON: {_json_reason(error)}. In an array no row after it can be read: mend "
-                "it there, or save the rows as JSON Lines (.jsonl), where a bad line costs only itself."
-            ) from None
-        yield _as_row(value, name, line)
-        position = _skip(text, end, "" if alone else ",")
-        if alone:
-            break
-    if not alone and position >= len(text):
-        raise DataError(f'{name}: the array has no closing "]": the file is cut off. Get a whole copy.')
-    rest = text[position + (not alone) :].strip()
-    if rest:
-        last = line + text.count("\n", counted, len(text) - len(text[position:].lstrip("]").lstrip()))
-        raise DataError(f"{name}:{last}: more text after the end of the JSON. Put the rows into one array.")
-
-
-def _skip(text: str, position: int, mark: str) -> int:
-    match = re.compile(rf"\s*{re.escape(mark)}?\s*").match(text, position)
-    return match.end() if match else position
-
-
-def _as_row(value: Any, name: str, line: int) -> Row | DataProblem:
-    if isinstance(value, dict):
-        return Row(value, name, line)
-    return DataProblem(name, line, f"is a {type_name(value)}, expected an object", original=value)
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f'the key "{twice}" stands twice in one object')
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import TrainConfig, load_preset, shipped_path
 from qlora_tune.data import DataReport
-from qlora_tune.errors import ConfigError, DataError, ModelError, join_problems
+from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
+from qlora_tune.long_chats import split_long
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.runs import Run, fingerprint_files
-from qlora_tune.shapes import Example
+from qlora_tune.shapes import DataProblem, Example
+from qlora_tune.turns import Message
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,10 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
     _refuse_twice(data_files(config))
     labels = rows.label_files(data_files(config))
-    examples, report = rows.load_examples(training_files(config), labels)
+    examples, report = load_files(config, training_files(config), labels)
     if heldout_files(config):
-        candidates, more = rows.load_examples(heldout_files(config), labels)
-        report.rows_in += more.rows_in
-        report.shapes += more.shapes
-        report.tasks += more.tasks
-        report.problems += more.problems
+        candidates, more = load_files(config, heldout_files(config), labels)
+        report.add(more)
         train_examples = examples
         heldout_examples, leaks = rows.drop_seen(examples, candidates)
         report.problems += leaks
@@ -122,6 +121,9 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
             raise DataError(join_problems("Every held-out row is also trained on.", [str(leak) for leak in leaks]))
     else:
         train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
+    if config.long_chats == "split":
+        train_examples, split = _split_long_chats(chat, train_examples, config.max_length)
+        report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
     report.problems += train_problems + heldout_problems
@@ -131,6 +133,39 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     whole = {sequence.source for sequence in heldout}
     kept = [example for example in heldout_examples if example.source in whole]
     return PreparedData(train, heldout, kept, report)
+
+
+def count_tokens(chat: ChatFormat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
+    """Length of a conversation as it is trained on [tokens]; of its longest sequence where a template makes several.
+
+    0 where the template can't render it: tokenizing says why.
+    """
+    try:
+        return max(len(sequence.input_ids) for sequence in chat.tokenize_example(messages, tools=tuple(tools)))
+    except TemplateError:
+        return 0
+
+
+def _split_long_chats(
+    chat: ChatFormat, examples: Sequence[Example], max_length: int
+) -> tuple[list[Example], list[DataProblem]]:
+    """Split chats beyond max_length [tokens] at turn boundaries; what can't be split is left to the tokenizing."""
+    pieces: list[Example] = []
+    problems: list[DataProblem] = []
+    for example in examples:
+        answers = sum(turn["role"] == "assistant" for turn in example.messages)
+        if answers < 2:
+            pieces.append(example)
+            continue
+
+        def fits(messages: Sequence[Message], tools: Any = example.tools) -> bool:
+            return count_tokens(chat, messages, tools) <= max_length
+
+        split = split_long(example, fits)
+        pieces += split.pieces or (example,)
+        if split.pieces and split.problem:
+            problems.append(split.problem)
+    return pieces, problems
 
 
 def _refuse_twice(files: Sequence[str]) -> None:
@@ -145,7 +180,7 @@ def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[li
     Left out are rows whose prompt the run was trained on, and rows longer than its max_length. Raises DataError when
     nothing is left, or when the training files have changed, so that nobody can tell what was trained on.
     """
-    config, names = run.read_config(), _absolute(list(files))
+    config, names = run.read_config(), rows.find_data(files)
     _refuse_twice(names)
     if any(not Path(file).exists() for file in data_files(config)) or (
         fingerprint_files(data_files(config)) != run.read_state()["data_fingerprint"]
@@ -155,9 +190,9 @@ def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[li
             f"told. Put them back: {', '.join(data_files(config))}"
         )
     labels = rows.label_files([*names, *training_files(config)])
-    candidates, report = rows.load_examples(names, labels)
+    candidates, report = load_files(config, names, labels)
     heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
-    trained_on, _ = rows.load_examples(training_files(config), labels)
+    trained_on, _ = load_files(config, training_files(config), labels)
     clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], candidates)
     sequences, too_long = tokenize_examples(chat, clean, config.max_length)
     report.problems += leaks + too_long
@@ -167,6 +202,13 @@ def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[li
     return [example for example in clean if example.source in whole], report
 
 
+def load_files(
+    config: TrainConfig, files: Sequence[str], labels: Mapping[str, str]
+) -> tuple[list[Example], DataReport]:
+    """Read files as the settings say: which column is which field, and in which encoding."""
+    return rows.load_examples(files, labels, rows.parse_columns(config.map), config.encoding)
+
+
 def quantization_of(config: TrainConfig) -> Quantization:
     """How the settings say the base is held."""
     return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
@@ -174,7 +216,7 @@ def quantization_of(config: TrainConfig) -> Quantization:
 
 def training_files(config: TrainConfig) -> list[str]:
     """The files of training rows; sample.jsonl where none is named."""
-    return _absolute(config.data) or [str(shipped_path("sample.jsonl"))]
+    return rows.find_data(config.data) or [str(shipped_path("sample.jsonl"))]
 
 
 def heldout_files(config: TrainConfig) -> list[str]:
@@ -183,14 +225,10 @@ def heldout_files(config: TrainConfig) -> list[str]:
     The sample comes with held-out rows of its own, about other entities than its pairs.
     """
     if config.data or config.heldout_data:
-        return _absolute(config.heldout_data)
+        return rows.find_data(config.heldout_data)
     return [str(shipped_path("sample_heldout.jsonl"))]
 
 
 def data_files(config: TrainConfig) -> list[str]:
     """All files that a run reads, training rows first."""
     return [*training_files(config), *heldout_files(config)]
-
-
-def _absolute(files: list[str]) -> list[str]:
-    return [str(Path(file).resolve()) for file in files]

@@ -116,7 +116,7 @@ class Run:
 
     def write_heldout(self, examples: Iterable[Example]) -> None:
         """Keep the held-out rows themselves: scoring again must not depend on the data files of that day."""
-        lines = [json.dumps(asdict(example)) + "\n" for example in examples]
+        lines = [_to_json_line(example) for example in examples]
         (self.path / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def read_heldout(self) -> list[Example]:
@@ -124,12 +124,14 @@ class Run:
         path = self.path / "heldout.jsonl"
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return [Example(tuple(row["messages"]), row["task"], row["source"]) for row in rows]
+            return [
+                Example(tuple(row["messages"]), row["task"], row["source"], tuple(row.get("tools", ()))) for row in rows
+            ]
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{path}: can't be read ({error}).") from None
 
     def write_problems(self, problems: Iterable[DataProblem]) -> None:
-        lines = [json.dumps(asdict(problem)) + "\n" for problem in problems]
+        lines = [_to_json_line(problem) for problem in problems]
         (self.path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -255,11 +257,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _to_json_line(record: Example | DataProblem) -> str:
+    # Rows from Parquet files may hold dates and the like, which JSON writes as text.
+    return json.dumps(asdict(record), default=str) + "\n"
 
 
 def _is_whole(folder: Path) -> bool:

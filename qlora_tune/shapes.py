@@ -1,35 +1,74 @@
-"""One row: recognise its shape and turn it into a conversation.
+"""One row: recognise its shape and turn it into conversations.
 
-A row of any shape becomes an Example, or a reason why it can't be one.
+A row of any shape becomes one or more Examples, or a reason why it can't be trained on. The turns themselves are
+read in `turns`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
-Shape = Literal["alpaca", "prompt-completion", "messages", "sharegpt"]
-
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-KNOWN_SHAPES = (
-    'alpaca ("instruction", "output", maybe "input"), "prompt" with "completion", '
-    '"messages" with role and content, or "conversations" with from and value'
+from qlora_tune.turns import (
+    NOT_TEXT,
+    Message,
+    RowError,
+    check_turns,
+    read_text,
+    read_tools,
+    read_turns,
+    split_chatml,
+    split_roles,
+    type_name,
 )
 
-
-class Message(TypedDict):
-    """One turn: role is system, user or assistant."""
-
-    role: str
-    content: str
+Shape = Literal[
+    "alpaca",
+    "dolly",
+    "self-instruct",
+    "prompt-completion",
+    "question-answer",
+    "messages",
+    "sharegpt",
+    "chatml",
+    "transcript",
+    "preference",
+    "kto",
+    "plain text",
+    "prompt only",
+]
+KNOWN_SHAPES = (
+    'alpaca ("instruction", "output", maybe "input"), "prompt" with "completion", "question" with "answer", '
+    '"messages" with role and content, or "conversations" with from and value'
+)
+# What `--map FIELD=COLUMN` may name: the fields that the readers below look for.
+FIELDS = (
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "task",
+    "prompt",
+    "completion",
+    "question",
+    "context",
+    "answer",
+    "response",
+    "messages",
+    "conversations",
+    "tools",
+    "text",
+    "chosen",
+    "rejected",
+)
+# How datasets say that an instruction has no input (Alpaca's cleaned copies list these spellings).
+NO_INPUT = re.compile(
+    r"\W*(no\s*inputs?( (is )?(needed|required|provided|necessary))?|n/?a|none|nil|null|not applicable)\W*", re.I
+)
+_SOURCE = re.compile(r"(?s)(.*):(\d+)(#\d+)?")
 
 
 class Row(NamedTuple):
@@ -46,147 +85,310 @@ class Example:
 
     messages: tuple[Message, ...]
     task: str | None
-    source: str  # "sample.jsonl:7"
+    source: str  # "sample.jsonl:7"; "seed.jsonl:7#2" for the second example of one row
+    tools: tuple[dict[str, Any], ...] = ()  # functions that the assistant may call, as JSON schemas
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the last answer, as plain text."""
+        return "\n\n".join(turn["content"] for turn in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The last answer, as plain text; the calls where it calls functions."""
+        last = self.messages[-1]
+        calls = [f"{call['name']}({call['arguments']})" for call in last.get("tool_calls", [])]
+        return "\n".join(filter(None, [last["content"], *calls]))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of one row: its examples, the shape it had, and what was changed on the way."""
+
+    examples: tuple[Example, ...]
+    shape: Shape
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DataProblem:
-    """A row that was rejected or changed, with the reason and the row as it stood."""
+    """A row that was rejected or changed, with the reason and the row as it stood; or a blank line, skipped."""
 
     file: str
     line: int
     reason: str
-    action: Literal["rejected", "changed"] = "rejected"
+    action: Literal["rejected", "changed", "skipped"] = "rejected"
     original: Any = None
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+class ShapeError(RowError):
+    """Why a row of a known shape is no pair to learn from."""
 
-
-class RowError(ValueError):
-    """Why one row can't be used."""
+    def __init__(self, reason: str, shape: Shape) -> None:
+        super().__init__(reason)
+        self.shape = shape
 
 
 def detect_format(fields: dict[str, Any]) -> Shape | None:
-    """Recognise one row's shape by its keys; None when it is none of those that are read."""
-    if "messages" in fields:
-        return "messages"
-    if "conversations" in fields:
-        return "sharegpt"
-    if "instruction" in fields and "output" in fields:
-        return "alpaca"
-    if "prompt" in fields and "completion" in fields:
-        return "prompt-completion"
-    return None
+    """Recognise one row's shape by its fields; None when it is none that is known."""
+    return _recognise(fields)[0]
 
 
-def to_example(row: Row, label: str = "") -> tuple[Example, Shape, str | None]:
-    """Turn a row into an Example whose source is `label` (or the file's name) and line.
+def map_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Give columns the names that the readers look for: {"instruction": "question"} reads question as instruction.
 
-    Returns it, the shape it had, and what was changed (None: nothing).
-
-    Raises ValueError with the reason when the row can't be used.
+    A row without such columns stays as it is where its own names tell its shape (files of several kinds may stand
+    together). Raises RowError where neither helps.
     """
-    shape = detect_format(row.fields)
+    missing = [column for column in columns.values() if column not in fields]
+    if missing:
+        if detect_format(fields) not in (None, "plain text", "prompt only"):
+            return fields
+        raise RowError(f'has no column "{missing[0]}", which --map names; its columns: {_names(fields)}')
+    # What was mapped decides the shape, not a column that happens to be called messages.
+    taken = {*columns, *columns.values(), "messages", "conversations", "conversation"}
+    rest = {name: value for name, value in fields.items() if name not in taken}
+    return {**rest, **{name: fields[column] for name, column in columns.items()}}
+
+
+def to_examples(row: Row, label: str = "") -> Conversion:
+    """Turn a row into examples whose source is `label` (or the file's name) and line.
+
+    Raises RowError with the reason when the row can't be used.
+    """
+    shape, fields = _recognise(row.fields)
     if shape is None:
-        keys = ", ".join(f'"{key}"' for key in list(row.fields)[:8]) or "none"
-        raise RowError(f"its keys ({keys}) are no known shape; expected {KNOWN_SHAPES}")
-    messages = _READERS[shape](row.fields)
-    change = None
-    while messages and messages[-1]["role"] != "assistant":
-        messages, change = messages[:-1], "a last turn without an answer was left out"
-    _check_turns(messages)
-    task = row.fields.get("task") or row.fields.get("category")
+        keys = _names(fields)
+        raise RowError(f"its keys ({keys}) are no known shape; expected {KNOWN_SHAPES}, or name its columns with --map")
+    _refuse_other_media(fields)
+    changes: list[str] = []
+    pairs = _READERS[shape](fields, changes)
+    named = (fields.get(name) for name in ("task", "category"))
+    task = next((name for name in named if isinstance(name, str) and name.strip()), None)
+    tools = read_tools(fields)
     source = f"{label or Path(row.file).name}:{row.line}"
-    return Example(tuple(messages), task if isinstance(task, str) else None, source), shape, change
+    examples: list[Example] = []
+    reasons: list[str] = []
+    for number, messages in enumerate(pairs, start=1):
+        try:
+            if isinstance(messages, RowError):
+                raise messages
+            turns = _leave_out_last_question(messages, changes)
+            check_turns(turns)
+        except RowError as error:
+            reasons.append(str(error) if len(pairs) == 1 else f"instance {number}: {error}")
+            continue
+        examples.append(Example(tuple(turns), task, source if len(pairs) == 1 else f"{source}#{number}", tools))
+    if not examples:
+        raise RowError("; ".join(reasons) or "holds no pair")
+    return Conversion(tuple(examples), shape, (*changes, *(f"left out: {reason}" for reason in reasons)))
+
+
+def parse_source(source: str) -> tuple[str, int]:
+    """The file's label and the line that an example's source names."""
+    found = _SOURCE.fullmatch(source)
+    return (found[1], int(found[2])) if found else (source, 0)
 
 
 def reject_example(example: Example, reason: str, action: Literal["rejected", "changed"] = "rejected") -> DataProblem:
     """Report an example that a later station had to leave out or change."""
-    name, _, line = example.source.rpartition(":")
-    original = {"messages": list(example.messages), "task": example.task}
-    return DataProblem(name, int(line), reason, action, original)
+    name, line = parse_source(example.source)
+    original: dict[str, Any] = {"messages": list(example.messages), "task": example.task}
+    if example.tools:
+        original["tools"] = list(example.tools)
+    return DataProblem(name, line, reason, action, original)
 
 
-def type_name(value: Any) -> str:
-    names = {list: "list", dict: "object", bool: "true/false value", int: "number", float: "number", str: "text"}
-    return names.get(type(value), "null")
+def _recognise(fields: dict[str, Any]) -> tuple[Shape | None, dict[str, Any]]:
+    """A row's shape and the fields to read it from.
+
+    Files that bring several shapes into one table give each row every column, so that null is no sign of a shape;
+    but where nothing to learn is found without it, it is what is wrong with the row.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    for known in (given, fields):
+        shape = next((shape for shape, fits in _SIGNS.items() if fits(known)), None)
+        if shape not in (None, "prompt only", "plain text"):
+            return shape, known
+    return shape, fields
 
 
-def _text(fields: dict[str, Any], key: str, what: str = "") -> str:
-    value = fields.get(key)
-    if not isinstance(value, str):
-        raise RowError(f'{what}"{key}" is a {type_name(value)}, expected text')
-    return value
+def _names(fields: Iterable[str]) -> str:
+    names = [f'"{name}"' for name in fields]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
-def _read_alpaca(fields: dict[str, Any]) -> list[Message]:
-    system = _text(fields, "system") if fields.get("system") is not None else ""
-    extra = _text(fields, "input") if fields.get("input") is not None else ""
-    instruction = _text(fields, "instruction")
-    user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    opening = [Message(role="system", content=system)] if system.strip() else []
-    answer = Message(role="assistant", content=_text(fields, "output"))
-    return [*opening, Message(role="user", content=user), answer]
+def _has(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda fields: all(name in fields for name in names)
 
 
-def _read_prompt_completion(fields: dict[str, Any]) -> list[Message]:
-    if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
-        return _turns([*fields["prompt"], *fields["completion"]], "prompt", "role", "content", {})
-    return [
-        Message(role="user", content=_text(fields, "prompt")),
-        Message(role="assistant", content=_text(fields, "completion")),
-    ]
+def _turn_list(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether a row holds a list of turns whose first one says who speaks by one of these keys (or has no turn)."""
+
+    def fits(fields: dict[str, Any]) -> bool:
+        turns = next((fields[name] for name in ("messages", "conversations", "conversation") if name in fields), None)
+        first = turns[0] if isinstance(turns, list) and turns else None
+        return isinstance(first, dict) and any(key in first for key in keys)
+
+    return fits
 
 
-def _read_messages(fields: dict[str, Any]) -> list[Message]:
-    return _turns(fields["messages"], "messages", "role", "content", {})
+def _is_text(*marks: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda fields: isinstance(fields.get("text"), str) and any(mark in fields["text"] for mark in marks)
 
 
-def _read_sharegpt(fields: dict[str, Any]) -> list[Message]:
-    system = _text(fields, "system") if fields.get("system") is not None else ""
-    opening = [Message(role="system", content=system)] if system.strip() else []
-    return opening + _turns(fields["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+def _is_kto(fields: dict[str, Any]) -> bool:
+    labels = (fields.get(name) for name in ("label", "kto_tag"))
+    judged = any(isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels)
+    return judged and any(name in fields for name in ("messages", "conversations", "completion", "response", "output"))
 
 
-def _turns(value: Any, key: str, role: str, content: str, roles: dict[str, str]) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f'"{key}" is {"empty" if value == [] else "a " + type_name(value)}, expected a list of turns')
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict):
-            raise RowError(f"turn {number} is a {type_name(turn)}, expected an object")
-        name = _text(turn, role, f"turn {number}: ")
-        turns.append(Message(role=roles.get(name, name), content=_text(turn, content, f"turn {number}: ")))
-    return turns
+# The conversations of a row, or for one of them why it can't be used; a reader appends what it changed.
+Readings = list[list[Message] | RowError]
+Reader = Callable[[dict[str, Any], list[str]], Readings]
 
+_PREFERENCES = (("chosen", "rejected"), ("response_j", "response_k"), ("preferred_output", "non_preferred_output"))
 
-_READERS = {
-    "alpaca": _read_alpaca,
-    "prompt-completion": _read_prompt_completion,
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
+# The first that fits decides. Preferences come first: their rows also hold a prompt or a conversation, and an answer
+# that people rejected must never be learned.
+_SIGNS: dict[Shape, Callable[[dict[str, Any]], bool]] = {
+    "preference": lambda fields: any(_has(*names)(fields) for names in _PREFERENCES),
+    "kto": _is_kto,
+    "sharegpt": lambda fields: (
+        _turn_list("from")(fields) or ("conversations" in fields and not _turn_list("role")(fields))
+    ),
+    "messages": lambda fields: "messages" in fields or _turn_list("role")(fields),
+    "self-instruct": _has("instruction", "instances"),
+    "alpaca": _has("instruction", "output"),
+    "dolly": _has("instruction", "response"),
+    "prompt-completion": lambda fields: "prompt" in fields and ("completion" in fields or "response" in fields),
+    "question-answer": lambda fields: "question" in fields and ("answer" in fields or "response" in fields),
+    "chatml": _is_text("<|im_start|>"),
+    "transcript": _is_text("### Assistant:", "### Response:"),
+    "prompt only": lambda fields: any(name in fields for name in ("instruction", "prompt", "question", "turns")),
+    "plain text": lambda fields: "text" in fields,
 }
 
 
-def _check_turns(messages: list[Message]) -> None:
-    """Hold the order that every chat template can render: maybe system, then user and assistant by turns."""
-    if not messages:
-        raise RowError("has no assistant turn to learn from")
-    expected = "user"
-    for number, turn in enumerate(messages, start=1):
-        role = turn["role"]
-        if role not in ("system", "user", "assistant"):
-            raise RowError(f'turn {number} has the role "{role}"; expected system, user or assistant')
-        if role == "system" and number > 1:
-            raise RowError(f"turn {number} is a system turn; only the first turn may be one")
-        if role != "system" and role != expected:
-            raise RowError(f"turn {number} is the {role}'s, expected the {expected}'s")
-        if _SURROGATE.search(turn["content"]):
-            raise RowError(f"turn {number} ({role}) holds half a character (a lone surrogate), which is no text")
-        if not turn["content"].strip():
-            raise RowError(f"turn {number} ({role}) is empty")
-        expected = {"system": "user", "user": "assistant", "assistant": "user"}[role]
+def _refuse_other_media(fields: dict[str, Any]) -> None:
+    found = next((name for name in NOT_TEXT if fields.get(name)), None)
+    if found:
+        raise RowError(f'holds "{found}", which is not text; only text can be trained on')
+
+
+def _leave_out_last_question(messages: list[Message], changes: list[str]) -> list[Message]:
+    kept = list(messages)
+    while kept and kept[-1]["role"] != "assistant":
+        kept.pop()
+    if len(kept) < len(messages) and kept:
+        changes.append("a last turn without an answer was left out")
+    return kept
+
+
+def _pair(fields: dict[str, Any], question: str, answer: str, changes: list[str]) -> list[Message]:
+    """One exchange from columns; "context" and "input" go behind the question, an empty line between."""
+    texts = [read_text(fields, question)]
+    for extra in ("context", "input"):
+        more = read_text(fields, extra) if fields.get(extra) is not None else ""
+        if more.strip() and NO_INPUT.fullmatch(more):
+            changes.append(f'"{extra}" says {more.strip()!r}: treated as no {extra}')
+        else:
+            texts.append(more)
+    user = Message(role="user", content="\n\n".join(text for text in texts if text.strip()))
+    return [*_system(fields), *_history(fields), user, Message(role="assistant", content=read_text(fields, answer))]
+
+
+def _history(fields: dict[str, Any]) -> list[Message]:
+    """LLaMA-Factory's earlier exchanges: a list of [question, answer]."""
+    history = fields.get("history")
+    if not isinstance(history, list):
+        return []
+    turns: list[Message] = []
+    for exchange in history:
+        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
+            raise RowError('"history" is no list of [question, answer]')
+        turns += [Message(role="user", content=exchange[0]), Message(role="assistant", content=exchange[1])]
+    return turns
+
+
+def _system(fields: dict[str, Any]) -> list[Message]:
+    system = read_text(fields, "system") if fields.get("system") is not None else ""
+    return [Message(role="system", content=system)] if system.strip() else []
+
+
+def _read_pair(question: str, *answers: str) -> Reader:
+    """A reader of one exchange: the question's column, and the answer's, the first that the row has."""
+
+    def read(fields: dict[str, Any], changes: list[str]) -> Readings:
+        return [_pair(fields, question, next(name for name in answers if name in fields), changes)]
+
+    return read
+
+
+def _read_self_instruct(fields: dict[str, Any], changes: list[str]) -> Readings:
+    instances = fields["instances"]
+    if not isinstance(instances, list) or not instances:
+        raise RowError(f'"instances" is {"empty" if instances == [] else "a " + type_name(instances)}, expected a list')
+    readings: Readings = []
+    for instance in instances:
+        try:
+            if not isinstance(instance, dict):
+                raise RowError(f"is a {type_name(instance)}, expected an object")
+            readings.append(_pair({**fields, **instance}, "instruction", "output", changes))
+        except RowError as error:
+            readings.append(error)
+    return readings
+
+
+def _read_prompt_completion(fields: dict[str, Any], changes: list[str]) -> Readings:
+    answer = "completion" if "completion" in fields else "response"
+    if isinstance(fields["prompt"], list) and isinstance(fields[answer], list):
+        return [[*_system(fields), *read_turns([*fields["prompt"], *fields[answer]], "prompt", changes)]]
+    return [_pair(fields, "prompt", answer, changes)]
+
+
+def _read_messages(fields: dict[str, Any], changes: list[str]) -> Readings:
+    name = next(name for name in ("messages", "conversations", "conversation") if name in fields)
+    turns = read_turns(fields[name], name, changes)
+    opening = _system(fields)
+    return [turns if turns and turns[0]["role"] == "system" else [*opening, *turns]]
+
+
+def _read_chatml(fields: dict[str, Any], changes: list[str]) -> Readings:
+    return [split_chatml(fields["text"])]
+
+
+def _read_transcript(fields: dict[str, Any], changes: list[str]) -> Readings:
+    return [split_roles(fields["text"])]
+
+
+def _refuse(shape: Shape, reason: str) -> Reader:
+    def refuse(fields: dict[str, Any], changes: list[str]) -> Readings:
+        raise ShapeError(reason, shape)
+
+    return refuse
+
+
+_READERS: dict[Shape, Reader] = {
+    "alpaca": _read_pair("instruction", "output"),
+    "dolly": _read_pair("instruction", "response"),
+    "self-instruct": _read_self_instruct,
+    "prompt-completion": _read_prompt_completion,
+    "question-answer": _read_pair("question", "answer", "response"),
+    "messages": _read_messages,
+    "sharegpt": _read_messages,
+    "chatml": _read_chatml,
+    "transcript": _read_transcript,
+    "preference": _refuse(
+        "preference", "is a preference pair (two answers, one preferred): kept out of instruction tuning"
+    ),
+    "kto": _refuse("kto", "is a judged answer (label true or false): kept out of instruction tuning"),
+    "plain text": _refuse(
+        "plain text",
+        "is plain text without an answer to learn: kept out. `qlora_tune pairs` makes pairs of it",
+    ),
+    "prompt only": _refuse("prompt only", "has a prompt but no answer to learn"),
+}

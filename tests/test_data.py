@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from qlora_tune.data import drop_seen, duplicate_key, label_files, load_examples, read_rows, split_heldout
+from qlora_tune.containers import read_rows
+from qlora_tune.data import drop_seen, duplicate_key, label_files, load_examples, split_heldout
 from qlora_tune.errors import DataError
-from qlora_tune.shapes import DataProblem, Example, Message, Row, detect_format, to_example
+from qlora_tune.shapes import DataProblem, Example, Row, detect_format, to_examples
+from qlora_tune.turns import Message
 
 GOOD = {"instruction": "Say hi", "output": "hi"}
 
@@ -21,7 +23,7 @@ def write_lines(path: Path, *rows: Any) -> Path:
 
 
 def contents(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    example, _, _ = to_example(Row(fields, "f.jsonl", 1))
+    (example,) = to_examples(Row(fields, "f.jsonl", 1)).examples
     return [(turn["role"], turn["content"]) for turn in example.messages]
 
 
@@ -64,12 +66,14 @@ def test_each_shape_is_recognised_and_becomes_a_conversation(
     [
         ({"instruction": "x", "output": ["a"]}, '"output" is a list, expected text'),
         ({"instruction": "x", "output": "  "}, "turn 2 (assistant) is empty"),
-        ({"question": "x"}, 'its keys ("question") are no known shape'),
+        ({"question": "x"}, "has a prompt but no answer to learn"),
+        ({"topic": "x"}, 'its keys ("topic") are no known shape'),
         ({"messages": []}, '"messages" is empty, expected a list of turns'),
         ({"messages": [{"role": "user", "content": "u"}]}, "no assistant turn to learn from"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "turn 1 is the assistant's, expected the user's"),
         ({"messages": [{"role": "user", "content": 3}]}, 'turn 1: "content" is a number, expected text'),
-        ({"conversations": [{"from": "tool", "value": "x"}, {"from": "gpt", "value": "a"}]}, 'the role "tool"'),
+        ({"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "a"}]}, 'the role "narrator"'),
+        ({"conversations": [{"from": "tool", "value": "x"}, {"from": "gpt", "value": "a"}]}, "turn 1 is the tool's"),
         ('{"instruction": "x", "output": "a"', "not valid JSON"),
         ('{"instruction": "x", "instruction": "y", "output": "a"}', 'the key "instruction" stands twice'),
         ('{"instruction": "x", "output": NaN}', "NaN is not JSON"),

@@ -1,0 +1,67 @@
+"""Examples to files: one object a line, read back as the same conversation, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_tune.errors import DataError
+from qlora_tune.shapes import Example
+from qlora_tune.turns import Message
+
+
+def to_row(example: Example) -> dict[str, Any]:
+    """An example in the words of the data files, with where it came from."""
+    row = {"messages": [_to_turn(turn) for turn in example.messages], "task": example.task, "source": example.source}
+    return {**row, "tools": list(example.tools)} if example.tools else row
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    """One line of JSON; what is no JSON (a date out of a Parquet file) as text."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character: only an escape can hold it
+        text = json.dumps(row, default=str)
+    return text + "\n"
+
+
+def write_rows(parts: Mapping[Path, Iterable[Mapping[str, Any]]]) -> None:
+    """Write the rows of each file. Raises DataError where that fails, and then leaves every file as it was."""
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(open_unfinished(path)) for path in parts}
+        for path, rows in parts.items():
+            files[path].writelines(to_line(row) for row in rows)
+
+
+@contextmanager
+def open_unfinished(path: Path) -> Iterator[IO[str]]:
+    """A file to write that gets its name only when it is whole. Raises DataError where the disk or folder refuses."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: can't be written: {error.strerror}.") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def _to_turn(turn: Message) -> dict[str, Any]:
+    """A turn whose calls are written as OpenAI writes them, and whose weight of 0 says that it is context only."""
+    row: dict[str, Any] = {name: value for name, value in turn.items() if name not in ("learn", "tool_calls")}
+    if calls := turn.get("tool_calls"):
+        row["tool_calls"] = [
+            {"type": "function", "function": {"name": call["name"], "arguments": json.dumps(call["arguments"])}}
+            for call in calls
+        ]
+    return row if turn.get("learn", True) else {**row, "weight": 0}
