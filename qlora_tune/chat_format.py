@@ -3,20 +3,25 @@
 A conversation is rendered turn by turn with the tokenizer's own chat template, and each assistant turn is found as
 the difference between two renderings. So any template works, no generation markers are needed, and the prompt at
 inference is, token for token, what stood before the answer in training. Control tokens typed inside a message stay
-plain text. Response mask: QLoRA (arXiv 2305.14314, section B) trains on the response only.
+plain text. Functions and calls go through the template where it renders them, else as text (see tool_text).
+Response mask: QLoRA (arXiv 2305.14314, section B) trains on the response only.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
 from qlora_tune.errors import TemplateError
-from qlora_tune.shapes import DataProblem, Example, Message, reject_example
+from qlora_tune.shapes import DataProblem, Example, reject_example
+from qlora_tune.tool_text import Tools, find_missing, spell_tools, to_template_turn, uses_tools
+from qlora_tune.turns import Message, ToolCall
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
@@ -97,6 +102,7 @@ class ChatFormat:
         self._added = _any_of(text for text in added if not text.isspace())
         self._special_ids = {tokenizer.convert_tokens_to_ids(text) for text in special}
         self._guard, self._guard_length = _pick_guard(tokenizer, added)
+        self.renders_tools = self._probe_tools()
 
     @classmethod
     def probe(cls, tokenizer: Any) -> ChatFormat:
@@ -129,17 +135,19 @@ class ChatFormat:
         return cls(tokenizer, found.group(), _folds_system(tokenizer, user))
 
     def tokenize_example(
-        self, messages: Sequence[Message], max_length: int | None = None, source: str = ""
+        self, messages: Sequence[Message], max_length: int | None = None, source: str = "", tools: Tools = ()
     ) -> list[TokenizedExample]:
         """Render one conversation and mark which tokens are learned.
 
-        Every assistant turn is learned through its end-of-turn token; nothing else is. Returns one sequence, or one
-        per assistant turn where the template rewrites the history (thinking templates drop earlier thoughts, so
-        what was learned in an earlier turn is not what a later turn sees). A conversation longer than max_length
-        [tokens] is cut after the last turn that fits. Raises TemplateError when an assistant turn can't be located,
-        or when not even the first one fits.
+        Every assistant turn is learned through its end-of-turn token, calls of functions too, but not one whose
+        "learn" is False; nothing else is. Returns one sequence, or one per assistant turn where the template rewrites
+        the history (thinking templates drop earlier thoughts, so what was learned in an earlier turn is not what a
+        later turn sees). A conversation longer than max_length [tokens] is cut after the last learned turn that fits.
+        Raises TemplateError when an assistant turn can't be located, or when not even the first one fits.
         """
-        sequences = [self._encode_sequence(segments) for segments in self._sequences(messages)]
+        sequences = [self._encode_sequence(segments) for segments in self._sequences(messages, tools)]
+        if not sequences:
+            raise TemplateError("has no assistant turn to learn from")
         fitting = [_cut(ids, labels, self.end_of_turn_id, max_length) for ids, labels in sequences]
         kept = [TokenizedExample(ids, labels, source) for ids, labels in fitting if ids]
         if not kept:
@@ -147,39 +155,90 @@ class ChatFormat:
             raise TemplateError(f"is {shortest} tokens long, max_length is {max_length}")
         return kept
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Encode a conversation that waits for an answer: exactly the tokens that precede it in training."""
-        segments = self._sequences([*messages, Message(role="assistant", content=_PROBE)])[-1]
+        segments = self._sequences([*messages, Message(role="assistant", content=_PROBE)], tools)[-1]
         return self._encode_sequence(segments[:-1])[0]
 
-    def _sequences(self, messages: Sequence[Message]) -> list[list[_Segment]]:
-        """Cut the rendered conversation where learning begins and ends; a new sequence where history is rewritten."""
-        safe, mark = self._sanitise(self._fold(messages))
+    def encode_answer(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Encode the last learned answer of a conversation, its end of turn included."""
+        segments = self._sequences(messages, tools)[-1]
+        while not segments[-1].learned:
+            segments = segments[:-1]
+        return self._encode_sequence(segments)[0][len(self._encode_sequence(segments[:-1])[0]) :]
+
+    def _probe_tools(self) -> bool:
+        """Whether the template itself renders functions, calls and results, and as what they are.
+
+        Control tokens stand among them, so that a template which spells characters anew doesn't pass.
+        """
+        typed = f"{_PROBE} {self.end_of_turn}"
+        parameters = {"type": "object", "properties": {"zq9_key": {"type": "string", "description": typed}}}
+        function = {"name": "zq9_function", "description": typed, "parameters": parameters}
+        messages = [
+            Message(role="user", content="Hello"),
+            Message(
+                role="assistant", content="", tool_calls=[ToolCall(name="zq9_function", arguments={"zq9_key": typed})]
+            ),
+            Message(role="tool", content=f"result {typed}"),
+            Message(role="assistant", content=_PROBE),
+        ]
+        safe, tools, mark = self._sanitise(messages, [{"type": "function", "function": function}])
+        try:
+            return bool(self._cut_at_answers(safe, mark, tools))
+        except TemplateError:
+            return False
+
+    def _sequences(self, messages: Sequence[Message], tools: Tools) -> list[list[_Segment]]:
+        """Render a conversation, cut in segments; tools as text where the template can't hold them."""
+        try:
+            safe, safe_tools, mark = self._sanitise(messages, tools)
+            if not uses_tools(safe, safe_tools):
+                return self._cut_at_answers(safe, mark)
+            if self.renders_tools:
+                # Some templates render one call but not two at once, or no words beside a call.
+                with suppress(TemplateError):
+                    return self._cut_at_answers(safe, mark, safe_tools)
+            return self._cut_at_answers(spell_tools(safe, safe_tools), mark)
+        except RecursionError:
+            raise TemplateError("its tools or arguments are nested too deep") from None
+
+    def _cut_at_answers(self, messages: Sequence[Message], mark: str, tools: Tools = ()) -> list[list[_Segment]]:
+        """Cut the rendered conversation where answers begin and end; a new sequence where history is rewritten."""
+        turns = self._fold(messages)
         sequences: list[list[_Segment]] = []
         rendered: str | None = None
-        for index, turn in enumerate(safe):
+        for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            try:
-                prompt = _render(self.tokenizer, safe[:index], add_generation_prompt=True)
-                full = _render(self.tokenizer, safe[: index + 1])
-            except (JinjaError, ValueError, TypeError) as error:
-                raise TemplateError(f"the chat template refuses it: {error}") from None
-            answer = full.removeprefix(prompt)
-            end = answer.find(self.end_of_turn)
-            if answer == full or end < 0 or answer[:end].isspace() or not end:
-                raise TemplateError(f"the answer in turn {index + 1} can't be located in what the template renders")
+            prompt, answer = self._locate_answer(turns[: index + 1], tools)
             if rendered is None or not prompt.startswith(rendered):
                 sequences.append([])
                 rendered = ""
-            answer = answer[: end + len(self.end_of_turn)]
             opening = prompt[len(rendered) :]
             sequences[-1] += [
                 _Segment(tuple(opening.split(mark)), False),
-                _Segment(tuple(answer.split(mark)), True),
+                _Segment(tuple(answer.split(mark)), turn.get("learn", True)),
             ]
             rendered = prompt + answer
-        return sequences
+        return [sequence for sequence in sequences if any(segment.learned for segment in sequence)]
+
+    def _locate_answer(self, turns: Sequence[Message], tools: Tools) -> tuple[str, str]:
+        """Render the last turn's prompt, and the turn itself through its end-of-turn token."""
+        try:
+            prompt = _render(self.tokenizer, turns[:-1], tools, add_generation_prompt=True)
+            full = _render(self.tokenizer, turns, tools)
+        except (JinjaError, ValueError, TypeError) as error:
+            raise TemplateError(f"the chat template refuses it: {error}") from None
+        answer = full.removeprefix(prompt)
+        end = answer.find(self.end_of_turn)
+        if answer == full or end < 0 or answer[:end].isspace() or not end:
+            raise TemplateError(f"the answer in turn {len(turns)} can't be located in what the template renders")
+        answer = answer[: end + len(self.end_of_turn)]
+        missing = find_missing(prompt, turns[:-1], tools) or find_missing(answer, turns[-1:], ())
+        if missing is not None:
+            raise TemplateError(f"the chat template leaves out {missing[:40]!r}")
+        return prompt, answer
 
     def _encode_sequence(self, segments: Sequence[_Segment]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -214,20 +273,27 @@ class ChatFormat:
         system, user, *rest = messages
         return [Message(role="user", content=f"{system['content']}\n\n{user['content']}"), *rest]
 
-    def _sanitise(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        everything = "".join(turn["content"] for turn in messages)
+    def _sanitise(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], Tools, str]:
+        """Break control tokens apart wherever somebody typed them; returns the mark that does it as well."""
+        everything = json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
         mark = next((mark for mark in _BREAKS if mark not in everything), None)
         if mark is None:
             raise TemplateError("holds all 32 Unicode noncharacters U+FDD0 to U+FDEF; remove them")
-        return [
-            Message(
-                role=turn["role"],
-                content=_break_tokens(
-                    turn["content"], self._special if turn["role"] == "assistant" else self._added, mark
-                ),
-            )
-            for turn in messages
-        ], mark
+        safe = []
+        for turn in messages:
+            clean = turn.copy()
+            own = self._special if turn["role"] == "assistant" else self._added
+            clean["content"] = _break_tokens(turn["content"], own, mark)
+            if turn.get("tool_calls"):
+                clean["tool_calls"] = [
+                    ToolCall(
+                        name=_break_tokens(call["name"], self._added, mark),
+                        arguments=_break_strings(call["arguments"], self._added, mark),
+                    )
+                    for call in turn["tool_calls"]
+                ]
+            safe.append(clean)
+        return safe, _break_strings(tools, self._added, mark), mark
 
 
 def tokenize_examples(
@@ -238,11 +304,11 @@ def tokenize_examples(
     problems: list[DataProblem] = []
     for example in examples:
         try:
-            sequences = chat.tokenize_example(example.messages, max_length, example.source)
+            sequences = chat.tokenize_example(example.messages, max_length, example.source, example.tools)
         except TemplateError as error:
             problems.append(reject_example(example, str(error)))
             continue
-        answers = sum(turn["role"] == "assistant" for turn in example.messages)
+        answers = sum(turn["role"] == "assistant" and turn.get("learn", True) for turn in example.messages)
         learned = sum(sequence.labels.count(chat.end_of_turn_id) for sequence in sequences)
         if learned < answers:
             reason = f"longer than max_length {max_length}: only its first {learned} of {answers} answers are learned"
@@ -251,11 +317,15 @@ def tokenize_examples(
     return tokenized, problems
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], tools: Tools = (), add_generation_prompt: bool = False) -> str:
     # enable_thinking=False makes thinking templates put the empty thought into the prompt, where plain
     # instruction data leaves it; other templates ignore the variable.
     text: str = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        [to_template_turn(turn) for turn in messages],
+        tools=list(tools) or None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=False,
     )
     return text
 
@@ -299,6 +369,17 @@ def _break_tokens(content: str, tokens: re.Pattern[str], mark: str) -> str:
         position = found.start() + 1
         content = content[:position] + mark + content[position:]
     return content
+
+
+def _break_strings(value: Any, tokens: re.Pattern[str], mark: str) -> Any:
+    """Break the control tokens in every text of a JSON value, keys too."""
+    if isinstance(value, str):
+        return _break_tokens(value, tokens, mark)
+    if isinstance(value, dict):
+        return {_break_strings(key, tokens, mark): _break_strings(held, tokens, mark) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_break_strings(held, tokens, mark) for held in value]
+    return value
 
 
 def _cut(ids: list[int], labels: list[int], end_of_turn_id: int, max_length: int | None) -> tuple[list[int], list[int]]:

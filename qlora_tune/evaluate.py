@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.generate import generate_answers
+from qlora_tune.generate import decode_answer, generate_answers
 from qlora_tune.runs import Run, write_json
-from qlora_tune.shapes import Example, Message
+from qlora_tune.shapes import Example
+from qlora_tune.turns import Message
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One held-out row with both answers. The prompt is the conversation up to its last assistant turn."""
+    """One held-out row with both answers. The prompt is the conversation up to its last learned answer."""
 
     source: str
     task: str
@@ -73,8 +74,9 @@ def compare(
     `max_new_tokens`. `on_progress` gets "base" or "tuned", rows answered and rows in all.
     """
     chosen = _draw(examples, score_rows, seed)
-    prompts = [example.messages[:-1] for example in chosen]
-    references = [example.messages[-1]["content"] for example in chosen]
+    conversations = [_through_learned(example) for example in chosen]
+    prompts = [turns[:-1] for turns in conversations]
+    references = [_reference(chat, turns, example) for turns, example in zip(conversations, chosen, strict=True)]
     lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
     limit = min(max_new_tokens, max(lengths, default=0) + 16)
 
@@ -85,6 +87,7 @@ def compare(
             prompts,
             max_new_tokens=limit,
             batch_size=batch_size,
+            tools=[example.tools for example in chosen],
             on_progress=lambda done: on_progress(who, done, len(prompts)),
         )
 
@@ -164,6 +167,19 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
 
 
+def _through_learned(example: Example) -> tuple[Message, ...]:
+    """The conversation as far as something in it is to be learned: an answer of weight 0 is no reference."""
+    learned = [i for i, t in enumerate(example.messages) if t["role"] == "assistant" and t.get("learn", True)]
+    return example.messages[: learned[-1] + 1]
+
+
+def _reference(chat: ChatFormat, turns: Sequence[Message], example: Example) -> str:
+    """What the last turn says; where it calls functions, as the model is to write it."""
+    if not turns[-1].get("tool_calls"):
+        return turns[-1]["content"]
+    return decode_answer(chat, chat.encode_answer(turns, example.tools))
+
+
 def _score(task: str, answers: Sequence[Answered]) -> TaskScore:
     base = sum(is_exact_match(answer.base, answer.reference) for answer in answers)
     tuned = sum(is_exact_match(answer.tuned, answer.reference) for answer in answers)
@@ -174,8 +190,13 @@ def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def _plain(turn: Message) -> str:
+    calls = [f"{call['name']}({call['arguments']})" for call in turn.get("tool_calls", [])]
+    return "\n".join(filter(None, [turn["content"], *calls]))
+
+
 def _side_by_side(answer: Answered) -> str:
-    prompt = " ⏎ ".join(f"{turn['role']}: {turn['content']}" for turn in answer.prompt)
+    prompt = " ⏎ ".join(f"{turn['role']}: {_plain(turn)}" for turn in answer.prompt)
     mark = "✓" if is_exact_match(answer.tuned, answer.reference) else "✗"
     cells = [answer.source, prompt, answer.reference, answer.base, answer.tuned, mark]
     return "| " + " | ".join(table_cell(cell) for cell in cells) + " |"

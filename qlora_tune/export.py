@@ -22,7 +22,8 @@ from qlora_tune.evaluate import TaskScore, score_table
 from qlora_tune.generate import generate_answers, stop_ids
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.runs import Run, read_json
-from qlora_tune.shapes import Message
+from qlora_tune.shapes import Example
+from qlora_tune.turns import Message
 
 # Only these files leave: what a trainer writes beside them holds local paths.
 ADAPTER_FILES = ("adapter_model.safetensors", models.ADAPTER_RECORD)
@@ -98,7 +99,7 @@ def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(packed) as archive:
             archive.extractall(unpacked)
-        _compare_answers(trained, unpacked / target.stem, [turns[:-1] for turns in held_out_conversations(run)])
+        _compare_answers(trained, unpacked / target.stem, held_out_rows(run))
         packed.replace(target)
     return target
 
@@ -121,7 +122,7 @@ def merge_adapter(
 
     if target.exists():
         raise ExportError(f"{target} exists. Choose another --output, or delete it.")
-    conversations = held_out_conversations(run)
+    rows = held_out_rows(run)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
     merged = _merge(source, dtype)
@@ -139,14 +140,14 @@ def merge_adapter(
         _clean_config(scratch / "config.json")
         _refuse_private(scratch, trained)
         del merged
-        divergence = _compare_distributions(source, scratch, conversations)
+        divergence = _compare_distributions(source, scratch, rows)
         if not divergence <= KL_LIMIT:
             raise ExportError(
                 f"The merged model's answers differ from the adapter's: mean KL {divergence:.1e} nats, at most "
                 f"{KL_LIMIT:.0e} is expected. It was not kept."
             )
         if source is not trained:
-            divergence = _compare_distributions(trained, scratch, conversations)
+            divergence = _compare_distributions(trained, scratch, rows)
         scratch.chmod(0o755)
         for path in scratch.iterdir():
             path.chmod(0o644)
@@ -270,11 +271,14 @@ def _write_zip(folder: Path, target: Path) -> None:
             archive.write(path, f"{folder.name}/{path.name}")
 
 
-def _compare_answers(trained: Trained, folder: Path, prompts: list[list[Message]]) -> None:
+def _compare_answers(trained: Trained, folder: Path, rows: list[Example]) -> None:
+    prompts, tools = [row.messages[:-1] for row in rows], [row.tools for row in rows]
     answers = []
     for adapter in (trained.adapter, folder):
         model = trained.load(adapter)
-        answers.append(generate_answers(model, trained.chat, prompts, max_new_tokens=32, batch_size=COMPARED_ROWS))
+        answers.append(
+            generate_answers(model, trained.chat, prompts, tools=tools, max_new_tokens=32, batch_size=COMPARED_ROWS)
+        )
         del model
     differing = [index for index, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1]]
     if differing:
@@ -284,7 +288,7 @@ def _compare_answers(trained: Trained, folder: Path, prompts: list[list[Message]
         )
 
 
-def _compare_distributions(trained: Trained, folder: Path, conversations: list[list[Message]]) -> float:
+def _compare_distributions(trained: Trained, folder: Path, rows: list[Example]) -> float:
     """Mean KL divergence of next-token distributions, adapter against merged, over prompts and answers [nats]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -297,7 +301,7 @@ def _compare_distributions(trained: Trained, folder: Path, conversations: list[l
         use_safetensors=True,
     )
     total, count = 0.0, 0
-    for ids in (trained.chat.tokenize_example(turns)[-1].input_ids for turns in conversations):
+    for ids in (trained.chat.tokenize_example(row.messages, tools=row.tools)[-1].input_ids for row in rows):
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             p, q = (
@@ -309,12 +313,11 @@ def _compare_distributions(trained: Trained, folder: Path, conversations: list[l
     return total / max(count, 1)
 
 
-def held_out_conversations(run: Run) -> list[list[Message]]:
+def held_out_rows(run: Run) -> list[Example]:
     """Held-out rows to compare on, answers and all; one of our own where the run held none out."""
-    rows = [list(example.messages) for example in run.read_heldout()[:COMPARED_ROWS]]
-    return rows or [
-        [Message(role="user", content="What can you do?"), Message(role="assistant", content="I can talk.")]
-    ]
+    question = Message(role="user", content="What can you do?")
+    answer = Message(role="assistant", content="I can talk.")
+    return run.read_heldout()[:COMPARED_ROWS] or [Example((question, answer), None, "")]
 
 
 def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:

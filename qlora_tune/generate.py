@@ -9,7 +9,8 @@ from typing import Any
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
-from qlora_tune.shapes import Message
+from qlora_tune.tool_text import Tools
+from qlora_tune.turns import Message
 
 ANSWER_SHARE = 4  # of the context, at most one part in so many is kept free for the answer while turns are left out
 SHORTEST_ANSWER = 16  # [tokens]
@@ -28,15 +29,18 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    tools: Sequence[Tools] = (),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Answer conversations greedily, in batches of similar length. Returns one text per conversation, in order.
 
-    `on_progress` is called with the number answered so far.
+    `tools` holds the functions that each conversation offers, none of them any by default. `on_progress` is called
+    with the number answered so far.
     """
     import torch
 
-    prompts = [chat.encode_prompt(messages) for messages in conversations]
+    offered = tools or [()] * len(conversations)
+    prompts = [chat.encode_prompt(messages, own) for messages, own in zip(conversations, offered, strict=True)]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
     model.eval()
@@ -50,7 +54,7 @@ def generate_answers(
             )
         prompt_length = inputs["input_ids"].shape[1]
         for index, row in zip(chosen, tokens[:, prompt_length:].tolist(), strict=True):
-            answers[index] = _decode(chat, row)
+            answers[index] = decode_answer(chat, row)
         on_progress(min(start + batch_size, len(order)))
     return answers
 
@@ -160,7 +164,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _decode(chat: ChatFormat, tokens: list[int]) -> str:
+def decode_answer(chat: ChatFormat, tokens: list[int]) -> str:
+    """The text of an answer's tokens up to where it ends, without white space around it."""
     ends = [tokens.index(stop) for stop in stop_ids(chat) if stop in tokens]
     text: str = chat.tokenizer.decode(tokens[: min(ends)] if ends else tokens, skip_special_tokens=True)
     return text.strip()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_tune.chat_format import CHATML, IGNORED, ChatFormat, ensure_chat_template, tokenize_examples
 from qlora_tune.errors import TemplateError
-from qlora_tune.shapes import Example, Message
+from qlora_tune.shapes import Example, Row, to_examples
+from qlora_tune.turns import Message, RowError
 
 
 def conversation(*contents: str, system: str | None = None) -> list[Message]:
@@ -79,6 +82,79 @@ def test_a_row_that_does_not_fit_is_rejected_with_its_length(builtin: Any) -> No
     assert [(p.line, p.action) for p in problems] == [(1, "rejected"), (2, "changed")]
     assert "tokens long, max_length is 64" in problems[0].reason
     assert "its first 1 of 2 answers" in problems[1].reason
+
+
+def weighted(*contents: str, unlearned: tuple[int, ...]) -> list[Message]:
+    """A conversation whose answers at these positions are context only."""
+    messages = conversation(*contents)
+    for index in unlearned:
+        messages[index]["learn"] = False
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "learned"),
+    [((1,), "four<|im_end|>six<|im_end|>"), ((3,), "two<|im_end|>six<|im_end|>"), ((1, 5), "four<|im_end|>")],
+)
+def test_an_answer_that_is_context_only_stands_there_unlearned(
+    builtin: Any, unlearned: tuple[int, ...], learned: str
+) -> None:
+    chat = builtin[2]
+    contents = ("one", "two", "three", "four", "five", "six")
+    (example,) = chat.tokenize_example(weighted(*contents, unlearned=unlearned))
+    assert learned_text(chat, example.input_ids, example.labels) == learned
+    assert example.input_ids == chat.tokenize_example(conversation(*contents))[0].input_ids
+
+
+def test_unlearned_answers_are_not_counted_as_cut_and_none_is_the_last_of_a_cut_chat(builtin: Any) -> None:
+    chat = builtin[2]
+    messages = weighted("a", "b", "c", "d", "e", "f " * 40, unlearned=(3,))
+    (whole,) = chat.tokenize_example(messages)
+    row = Example(tuple(messages), None, "d.jsonl:1")
+    assert not tokenize_examples(chat, [row], len(whole.input_ids))[1]
+    (cut,), (problem,) = tokenize_examples(chat, [row], len(whole.input_ids) - 1)
+    assert learned_text(chat, cut.input_ids, cut.labels) == "b<|im_end|>"
+    assert cut.input_ids[-1] == cut.labels[-1] == chat.end_of_turn_id
+    assert "only its first 1 of 2 answers" in problem.reason
+
+
+def test_where_history_is_rewritten_an_unlearned_answer_makes_no_sequence_of_its_own(builtin: Any) -> None:
+    rewritten = "{{ message.content }}{{ '.' if message.role == 'assistant' and not loop.last else '' }}"
+    template = CHATML.replace("{{ message.content }}", rewritten)
+    chat = ChatFormat.probe(with_template(builtin[2], template))
+    contents = ("one", "two", "three", "four")
+    assert len(chat.tokenize_example(conversation(*contents))) == 2
+    (example,) = chat.tokenize_example(weighted(*contents, unlearned=(1,)))
+    assert learned_text(chat, example.input_ids, example.labels) == "four<|im_end|>"
+
+
+def test_a_conversation_without_anything_to_learn_is_refused(builtin: Any) -> None:
+    messages = [Message(role="user", content="a"), Message(role="assistant", content="b", learn=False)]
+    with pytest.raises(TemplateError, match="no assistant turn to learn from"):
+        builtin[2].tokenize_example(messages)
+
+
+def real_examples(path: Path) -> list[Example]:
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    examples = []
+    for number, fields in enumerate(rows, start=1):
+        try:
+            examples += to_examples(Row(fields, str(path), number)).examples
+        except RowError:
+            continue
+    return examples
+
+
+def test_real_rows_with_weights_learn_only_what_has_weight(builtin: Any, shared_data: Path) -> None:
+    chat = builtin[2]
+    examples = real_examples(shared_data / "messages" / "v1_sft_demo.jsonl")
+    assert examples
+    sequences, problems = tokenize_examples(chat, examples, 100_000)
+    assert not problems
+    for example, sequence in zip(examples, sequences, strict=True):
+        learned = [turn for turn in example.messages if turn["role"] == "assistant" and turn.get("learn", True)]
+        assert sequence.labels.count(chat.end_of_turn_id) == len(learned)
 
 
 class Bare:
