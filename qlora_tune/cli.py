@@ -14,6 +14,7 @@ from cyclopts.validators import Number
 from rich.markup import escape
 
 from qlora_tune import __version__, terminal
+from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.config import (
     BUILTIN,
     ResolvedConfig,
@@ -42,22 +43,21 @@ after, export."""
 
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
-FILES_HELP = "Files of instruction-response pairs (.jsonl or .json); without any, the sample that ships with it."
 OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
-DataFiles = Annotated[str, Parameter(help=FILES_HELP)]
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
+for command in (check, mix, select, pairs):
+    app.command(command)
 
 
 @app.default
 def demo(*, runs_dir: RunsDir = "runs", seed: Annotated[str, Parameter(help="Seed of the whole run.")] = "42") -> None:
     """The whole job on the built-in base and sample.jsonl."""
-    sample = shipped_path("sample.jsonl")
     resolved = resolve_config({"preset": BUILTIN, "runs_dir": runs_dir, "seed": seed})
     resolved = dataclasses.replace(resolved, preset_reason="the default command works offline on any machine")
     console.rule("check the data", align="left")
-    check(sample)
+    check()
     console.rule("train", align="left")
     run = _train(resolved)
     console.rule("task types that it never saw", align="left")
@@ -93,16 +93,6 @@ def train(
         return
     run = _train(_resolve(files, config, settings))
     say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
-
-
-@app.command
-def check(*files: Annotated[Path, Parameter(help=FILES_HELP)]) -> None:
-    """Read FILES and report rows kept and rejected, with reasons. Loads no model, so lengths are not checked."""
-    from qlora_tune.data import load_examples
-
-    _, report = load_examples(files or [shipped_path("sample.jsonl")])
-    terminal.show_report(report)
-    say("Not checked: lengths, which need the base's tokenizer. See: python -m qlora_tune preview FILE")
 
 
 @app.command

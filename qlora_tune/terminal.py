@@ -22,7 +22,7 @@ from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED, ModelError
 from qlora_tune.evaluate import Comparison, is_exact_match
 from qlora_tune.runs import Run
-from qlora_tune.shapes import Message
+from qlora_tune.turns import Message
 
 
 class _Console(Console):
@@ -271,6 +271,22 @@ class TrainProgress:
         elif step == total or step / total - self._printed >= 0.1:
             self._printed = step / total
             console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[], None]]:
+    """A count that runs on, with its speed, where how much is to come is not known."""
+    shown = TextColumn("{task.completed:,} {task.description}, {task.speed:,.0f}/s")
+    with Progress(shown, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, seen = progress.add_task(what), 0
+
+        def update() -> None:
+            nonlocal seen
+            seen += 1
+            if seen % 100 == 0:
+                progress.update(task, completed=seen)
+
+        yield update
 
 
 @contextlib.contextmanager

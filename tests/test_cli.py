@@ -39,7 +39,7 @@ def test_quick_commands_answer_without_importing_the_heavy_libraries(arguments: 
 def test_check_reports_rows_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SAMPLE]) == 0
     rows = len(Path(SAMPLE).read_text().splitlines())
-    assert f"{rows} rows = {rows} kept + 0 rejected" in capsys.readouterr().out
+    assert f"{rows:,} rows = {rows:,} kept + 0 rejected" in capsys.readouterr().out
 
 
 def test_config_prints_every_setting_with_its_origin(capsys: pytest.CaptureFixture[str]) -> None:

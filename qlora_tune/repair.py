@@ -1,0 +1,164 @@
+"""Write a repaired copy of data files, and a log from which the input can be rebuilt.
+
+What is mended and what is dropped is decided by the report (`check`): text that can be restored is mended, rows that
+teach nothing or stand twice are dropped, everything else stays as it is and keeps its warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_tune.check import CheckReport
+from qlora_tune.containers import read_rows
+from qlora_tune.errors import DataError
+from qlora_tune.quality import mend_encoding, strip_end_mark, strip_invisible
+from qlora_tune.shapes import NO_INPUT, DataProblem, Row, map_columns, to_examples
+from qlora_tune.text_signs import CONTROL
+from qlora_tune.turns import RowError
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of every row: rows_in == kept + repaired + dropped. The copy holds those kept and repaired."""
+
+    output: Path
+    log: Path
+    rows_in: int
+    kept: int
+    repaired: int
+    dropped: int
+
+
+def repair_files(
+    report: CheckReport,
+    output: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "auto",
+    also_drop: Sequence[str] = (),
+) -> Repair:
+    """Write the rows of a report's files as JSON Lines, mended, without those that a repair drops.
+
+    The log stands beside the copy (NAME.log.jsonl): one object for each changed, dropped or blank line, with file,
+    line, reasons and the row as it was; rows that are not in it stand in the copy as they were. `also_drop` names
+    further kinds of defects whose rows are dropped. Raises DataError rather than overwrite one of the files.
+    """
+    log = output.with_name(output.name.removesuffix(".jsonl") + ".log.jsonl")
+    _refuse_overwriting(report, (output, log))
+    dropped = {place: list(reasons) for place, reasons in report.dropped.items()}
+    for (kind, name), lines in report.lines.items():
+        for line in lines if kind in also_drop else ():
+            dropped.setdefault((name, line), []).append(kind)
+    counts = {"kept": 0, "repaired": 0, "dropped": 0}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(output) as rows, _replacing(log) as notes:
+        for file in report.files:
+            if file.refused:
+                continue
+            for row in read_rows(Path(file.path), (columns or {}).values(), encoding):
+                done = _repair_row(row, dropped.get((row.file, row.line), []), columns)
+                if done.action != "skipped":
+                    counts[done.action] += 1
+                if done.fields is not None:
+                    rows.write(_line(done.fields))
+                if done.action != "kept":
+                    original = row.original if isinstance(row, DataProblem) else row.fields
+                    entry = {"file": row.file, "line": row.line, "action": done.action, "reasons": done.reasons}
+                    notes.write(_line({**entry, "original": original}))
+    return Repair(output, log, sum(counts.values()), **counts)
+
+
+def mend_text(text: str) -> tuple[str, list[str]]:
+    """Restore badly decoded characters, take out what can't be seen, end lines with LF; and what was done."""
+    done: list[str] = []
+    mended = text
+    if not text.isascii():
+        mended = _step(mend_encoding(mended), mended, "badly decoded text", done)
+        # Where such characters stand for the spaces, taking them out would run the words together.
+        visible = strip_invisible(mended)
+        if len(mended) - len(visible) <= max(mended.count(" "), 1):
+            mended = _step(visible, mended, "invisible characters", done)
+    mended = _step(CONTROL.sub("", mended.replace("\r\n", "\n")), mended, "control characters", done)
+    return _step(strip_end_mark(mended), mended, "end-of-text mark", done), done
+
+
+@dataclass(frozen=True)
+class _Done:
+    action: str  # kept, repaired, dropped or skipped
+    fields: dict[str, Any] | None
+    reasons: list[str]
+
+
+def _repair_row(row: Row | DataProblem, reasons: list[str], columns: Mapping[str, str] | None) -> _Done:
+    if isinstance(row, DataProblem):
+        return _Done("skipped" if row.action == "skipped" else "dropped", None, [row.reason])
+    if reasons:
+        return _Done("dropped", None, reasons)
+    done: list[str] = []
+    fields = _mend(row.fields, done)
+    for name in ("input", "context"):
+        value = fields.get(name)
+        if isinstance(value, str) and NO_INPUT.fullmatch(value):
+            fields[name] = ""
+            done.append(f'"{name}" said {value.strip()!r}')
+    if not done:
+        return _Done("kept", row.fields, [])
+    try:
+        to_examples(row._replace(fields=map_columns(fields, dict(columns)) if columns else fields))
+    except RowError as error:
+        return _Done("dropped", None, [*dict.fromkeys(done), f"then nothing was left to use: {error}"])
+    return _Done("repaired", fields, list(dict.fromkeys(done)))
+
+
+def _mend(value: Any, done: list[str]) -> Any:
+    """All text inside a value, keys left as they are."""
+    if isinstance(value, str):
+        text, steps = mend_text(value)
+        done += steps
+        return text
+    if isinstance(value, dict):
+        return {key: _mend(inner, done) for key, inner in value.items()}
+    return [_mend(inner, done) for inner in value] if isinstance(value, list) else value
+
+
+def _step(after: str, before: str, name: str, done: list[str]) -> str:
+    if after != before:
+        done.append(name)
+    return after
+
+
+def _refuse_overwriting(report: CheckReport, targets: Sequence[Path]) -> None:
+    inputs = {Path(file.path).resolve() for file in report.files}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise DataError(f"{target}: is one of the files that are read. Give the repaired copy another name.")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file that appears under its name only when it is whole."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _line(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # Half a character can't be written as UTF-8; as an escape it can.
+    return (text if _is_whole(text) else json.dumps(value, default=str)) + "\n"
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
