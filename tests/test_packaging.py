@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -55,8 +56,9 @@ def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
     assert sum(path.stat().st_size for path in data) <= 10_000_000
 
 
-def test_every_command_and_flag_that_the_readme_names_exists() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
     commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
     assert commands <= set(app), commands - set(app)
     helps = "".join(
@@ -67,10 +69,27 @@ def test_every_command_and_flag_that_the_readme_names_exists() -> None:
             env={**os.environ, "COLUMNS": "200"},
             timeout=60,
         ).stdout
-        for command in ("train", "preview", "export", "chat", "config")
+        for command in ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help"}:
         assert flag in helps, flag
+
+
+def test_the_recipes_in_the_page_on_data_can_be_used(tmp_path: Path) -> None:
+    from qlora_tune import documents, mixture
+
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    names = ("recipe.toml", "templates.toml", "pairs.toml")
+    for name, block in zip(names, blocks, strict=True):
+        (tmp_path / name).write_text(block)
+    rows = [{"prompt": f"review {n}", "completion": "good", "task": "sentiment"} for n in range(5)]
+    (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    notes = "".join(f"said {number} times,note {number},plan\n" for number in range(20))
+    (tmp_path / "notes.csv").write_text("dialogue,section_text,section_header\n" + notes)
+    mixed = mixture.mix_examples(mixture.load_recipe(tmp_path / "recipe.toml"))
+    assert {example.task for example in mixed.train} == {"plan"}
+    assert {example.task for example in mixed.unseen} == {"sentiment"}
+    assert [task.name for task in documents.load_recipe(tmp_path / "pairs.toml").task] == ["title"]
 
 
 def test_the_readme_shows_the_size_and_base_of_every_preset() -> None:

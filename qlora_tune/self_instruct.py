@@ -1,0 +1,396 @@
+"""Documents to pairs through an endpoint: a model that the user names proposes instructions and answers about a text.
+
+Before the first station of a row's journey: what is written here is read as any file of rows. Self-Instruct's filters
+decide what is kept (Wang et al., arXiv 2212.10560); what they refuse is kept beside it with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import ipaddress
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_tune.documents import MAX_DOCUMENT_CHARS, Passage, read_documents
+from qlora_tune.errors import ConfigError, DataError, join_problems
+from qlora_tune.row_files import to_row, write_rows
+from qlora_tune.shapes import Example
+from qlora_tune.turns import Message, RowError, check_turns
+
+PROMPT_VERSION = 1  # raise it with every change of PROMPT: rows carry it
+PROMPT = """\
+Write {count} different tasks that can be solved with the text below alone, each with its answer.
+Each instruction is complete without the text: what is needed of the text stands in "input", which is empty otherwise.
+Vary what is asked for and how it is phrased. Answer with JSON only, in this form:
+{{"pairs": [{{"instruction": "...", "input": "...", "output": "..."}}]}}
+
+Instructions that exist already, as examples of the style; do not repeat them:
+{examples}
+
+Text:
+{text}"""
+PAIRS_PER_REQUEST = 4
+EXAMPLES_PER_REQUEST = 5
+RETRIES = 3
+MAX_PAUSE_SECONDS = 60.0
+FRUITLESS_REQUESTS = 5  # at least so many in a row without a kept pair end the work
+# Tasks that text alone can't solve; the list is Self-Instruct's own.
+FORBIDDEN = (
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
+    *("go to", "video", "audio", "music", "flowchart", "diagram"),
+)
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])\w)+")  # Han and kana: each a word
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible endpoint: its address up to, without, /chat/completions.
+
+    The key is read from the environment variable that is named, and is in no row, message or file. Without TLS only
+    this machine is spoken to, unless allow_insecure.
+    """
+
+    url: str
+    model: str
+    api_key_env: str = ""
+    timeout_seconds: float = 120.0
+    allow_insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a proposal must hold to be kept; lengths are of the instruction, in words."""
+
+    min_words: int = 3
+    max_words: int = 150
+    max_rouge_l: float = 0.7
+    forbidden: tuple[str, ...] = FORBIDDEN
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One pair as the model proposed it, about a passage of a document."""
+
+    source: str
+    instruction: str
+    input: str
+    output: str
+
+    def to_example(self) -> Example:
+        """The pair as a conversation; the input stands behind the instruction, an empty line between."""
+        user = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        turns = (Message(role="user", content=user), Message(role="assistant", content=self.output))
+        return Example(turns, "self-instruct", self.source)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A proposal that was not kept, as it came, and why."""
+
+    source: str
+    reason: str
+    proposal: str
+
+
+@dataclass
+class GenerationReport:
+    """What came of the requests so far."""
+
+    requests: int = 0
+    kept: list[Proposal] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+def generate_pairs(
+    paths: Sequence[str | Path],
+    endpoint: Endpoint,
+    seeds: Sequence[Example],
+    wanted: int,
+    out: Path,
+    *,
+    filters: Filters | None = None,
+    seed: int = 0,
+    max_document_chars: int = MAX_DOCUMENT_CHARS,
+    on_progress: Callable[[GenerationReport], None] | None = None,
+) -> GenerationReport:
+    """Ask the endpoint for pairs about pieces of the documents until `wanted` are kept, and write them to `out`.
+
+    What was refused goes beside it (out.refused.jsonl). Every answer is on disk (out.partial.jsonl) before the next
+    request: an interrupted call made again goes on there. Ends with fewer pairs when the endpoint brings nothing new
+    any more. The seed decides what is asked about and shown; the same answers then give the same bytes.
+    Raises ConfigError where the endpoint refuses or the partial file is another call's, DataError where it stays away.
+    """
+    filters = filters or Filters()
+    key = _check_endpoint(endpoint)
+    if out.exists():
+        raise ConfigError(f"{out}: exists already. Name another file, or move this one away.")
+    passages = [p for document in read_documents(paths, max_document_chars) for p in document.passages]
+    if not passages:
+        raise DataError(f"{', '.join(map(str, paths))}: no text to make pairs from.")
+    known = [_first_instruction(example) for example in seeds]
+    partial = out.with_name(out.stem + ".partial.jsonl")
+    call = _fingerprint(endpoint, filters, seed, known, passages)
+    report, fruitless = _resume(partial, call)
+    order = random.Random(seed).sample(passages, len(passages))
+    with _connect(endpoint, key) as client:
+        while len(report.kept) < wanted and fruitless < max(len(order), FRUITLESS_REQUESTS):
+            passage = order[report.requests % len(order)]
+            prompt = _to_prompt(passage, known, report, min(PAIRS_PER_REQUEST, wanted - len(report.kept)), seed)
+            answer = _ask(client, endpoint, key, prompt, f"{len(report.kept)} pairs stand in {partial}.")
+            kept, refused = _judge(answer, passage.source, known, report.kept, filters, wanted)
+            _append(partial, {"kept": kept, "refused": refused})
+            _count(report, kept, refused)
+            fruitless = 0 if kept else fruitless + 1
+            if on_progress:
+                on_progress(report)
+    _finish(report, endpoint, seed, out)
+    partial.unlink(missing_ok=True)
+    return report
+
+
+def measure_rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
+    """ROUGE-L, the F1 of the longest common subsequence of two texts' words: 0 to 1."""
+    from rapidfuzz.distance import LCSseq
+
+    total = len(first) + len(second)
+    return 2 * LCSseq.similarity(first, second) / total if total else 0.0
+
+
+def refuse_proposal(proposal: Proposal, others: Sequence[str], filters: Filters) -> str | None:
+    """Why a proposal is not kept beside these instructions; None when it is."""
+    instruction, words = proposal.instruction, split_words(proposal.instruction)
+    if not filters.min_words <= len(words) <= filters.max_words:
+        return f"the instruction has {len(words)} words, expected {filters.min_words} to {filters.max_words}"
+    if not re.match(r"\w", instruction):
+        return "the instruction does not start with a word"
+    plain = f" {' '.join(words)} "
+    forbidden = next((word for word in filters.forbidden if f" {' '.join(split_words(word))} " in plain), None)
+    if forbidden:
+        return f'the instruction says "{forbidden}", which text alone can\'t serve'
+    try:
+        check_turns([*proposal.to_example().messages])
+    except RowError as error:
+        return str(error)
+    if proposal.output.strip().casefold() in (proposal.input.strip().casefold(), instruction.strip().casefold()):
+        return "the answer repeats the question"
+    for other in others:
+        score = measure_rouge_l(words, split_words(other))
+        if score >= filters.max_rouge_l:
+            return f"ROUGE-L {score:.2f} with: {other[:80]}"
+    return None
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, without case or punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def _first_instruction(example: Example) -> str:
+    """The first question without what stands behind it, as the filters compare instructions alone."""
+    return next(turn["content"] for turn in example.messages if turn["role"] == "user").split("\n\n")[0]
+
+
+def _check_endpoint(endpoint: Endpoint) -> str:
+    """Return the key ("" for none). Raises ConfigError naming all that is wrong, never the key or the whole address."""
+    import httpx
+
+    try:
+        url = httpx.URL(endpoint.url)
+    except httpx.InvalidURL:
+        raise ConfigError("The endpoint's address is not valid. Expected https://HOST/v1 or the like.") from None
+    problems = []
+    if url.scheme not in ("http", "https") or not url.host:
+        problems.append("its address must begin with https://HOST (http:// for this machine)")
+    elif url.scheme == "http" and not endpoint.allow_insecure and not _is_loopback(url.host):
+        problems.append(f"http:// to {url.host} would send texts and key readable by others: use https://")
+    if url.userinfo or url.query or url.fragment:
+        problems.append("its address holds a login, a query or a fragment: put the key into an environment variable")
+    key = os.environ.get(endpoint.api_key_env, "").strip() if endpoint.api_key_env else ""
+    if endpoint.api_key_env and not key:
+        problems.append(f"the environment variable {endpoint.api_key_env} is not set: set it to the endpoint's key")
+    if not (key.isascii() and key.isprintable()):
+        problems.append(f"{endpoint.api_key_env} holds characters that no key has")
+    if problems:
+        raise ConfigError(join_problems("The endpoint can't be used:", problems))
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _connect(endpoint: Endpoint, key: str) -> Any:
+    import httpx
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    # Without trust_env: neither a proxy nor a .netrc login from the environment comes between.
+    return httpx.Client(headers=headers, timeout=endpoint.timeout_seconds, follow_redirects=False, trust_env=False)
+
+
+def _ask(client: Any, endpoint: Endpoint, key: str, prompt: str, standing: str) -> str:
+    """Post one request, again after a pause where that may help; returns the body of the answer."""
+    import httpx
+
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": prompt}]}
+    host = httpx.URL(endpoint.url).host
+    found = ""
+    for attempt in range(RETRIES + 1):
+        wait = 2.0**attempt
+        try:
+            response = client.post(endpoint.url.rstrip("/") + "/chat/completions", json=body)
+        except httpx.RequestError as error:
+            found = type(error).__name__
+        else:
+            if response.is_success:
+                return str(response.text)
+            found = f"status {response.status_code}"
+            if response.status_code != 429 and response.status_code < 500:
+                raise ConfigError(_explain_status(response, host, key))
+            wait = _read_pause(response.headers.get("retry-after", ""), wait)
+        if attempt < RETRIES:
+            time.sleep(wait)
+    raise DataError(
+        f"{host}: no answer in {RETRIES + 1} attempts ({found}). {standing} The same command goes on there."
+    )
+
+
+def _explain_status(response: Any, host: str, key: str) -> str:
+    if response.has_redirect_location:
+        target = response.next_request.url.host if response.next_request else "another address"
+        return f"{host}: redirects to {target}, which is not followed. Name the endpoint's final address."
+    said = response.text.replace(key, "***") if key else response.text
+    said = re.sub(r"\s+", " ", said)[:200]
+    return f"{host}: refused with status {response.status_code}: {said}. Check address, model and key."
+
+
+def _read_pause(retry_after: str, otherwise: float) -> float:
+    return min(float(retry_after), MAX_PAUSE_SECONDS) if retry_after.isdecimal() else otherwise
+
+
+def _to_prompt(passage: Passage, known: Sequence[str], report: GenerationReport, count: int, seed: int) -> str:
+    pool = [*known, *(proposal.instruction for proposal in report.kept)]
+    # From seed and number, so that a call that goes on asks as one that was never interrupted.
+    draw = random.Random(f"{seed}:{report.requests}")
+    shown = draw.sample(pool, min(EXAMPLES_PER_REQUEST, len(pool)))
+    examples = "\n".join(f"- {instruction}" for instruction in shown) or "(none)"
+    return PROMPT.format(count=count, examples=examples, text=passage.text)
+
+
+def _judge(
+    body: str, source: str, known: Sequence[str], before: Sequence[Proposal], filters: Filters, wanted: int
+) -> tuple[list[Proposal], list[Refused]]:
+    kept: list[Proposal] = []
+    refused: list[Refused] = []
+    for item in _read_proposals(body):
+        proposal = _to_proposal(item, source)
+        text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+        as_it_came = text.encode(errors="backslashreplace").decode()  # half characters can't be written
+        if proposal is None:
+            refused.append(Refused(source, "no pair of instruction and output as text", as_it_came))
+            continue
+        others = [*known, *(other.instruction for other in (*before, *kept))]
+        reason = refuse_proposal(proposal, others, filters)
+        if reason is None and len(before) + len(kept) >= wanted:
+            reason = "more than were wanted"
+        if reason:
+            refused.append(Refused(source, reason, as_it_came))
+        else:
+            kept.append(proposal)
+    return kept, refused
+
+
+def _read_proposals(body: str) -> list[Any]:
+    """The proposals in an answer's body, however they are wrapped; the text itself where none can be found."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return [body]
+    if not isinstance(content, str):
+        return [body]
+    text = content.rpartition("</think>")[2]
+    for start in (match.start() for match in re.finditer(r"[\[{]", text)):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        found = value.get("pairs") if isinstance(value, dict) else value
+        if isinstance(found, list) and found:
+            return found
+    return [content]
+
+
+def _to_proposal(item: Any, source: str) -> Proposal | None:
+    if not isinstance(item, dict):
+        return None
+    values = (item.get("instruction"), item.get("input") or "", item.get("output"))
+    texts = [value.strip() for value in values if isinstance(value, str)]
+    return Proposal(source, *texts) if len(texts) == len(values) else None
+
+
+def _fingerprint(
+    endpoint: Endpoint, filters: Filters, seed: int, known: Sequence[str], passages: Sequence[Passage]
+) -> str:
+    about = [endpoint.url, endpoint.model, PROMPT_VERSION, dataclasses.asdict(filters), seed, list(known)]
+    texts = [(passage.source, passage.text) for passage in passages]
+    return hashlib.sha256(json.dumps([about, texts]).encode()).hexdigest()
+
+
+def _resume(partial: Path, call: str) -> tuple[GenerationReport, int]:
+    """Read back what an interrupted call had, and how many requests in a row had brought nothing."""
+    report, fruitless = GenerationReport(), 0
+    if not partial.exists():
+        _append(partial, {"call": call})
+        return report, fruitless
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # a line that was cut off while it was written is asked for again
+    partial.write_bytes(whole)
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        lines = []
+    if not lines or lines[0].get("call") != call:
+        message = "begun with other documents, seeds or settings, or damaged. Delete it, or name another output."
+        raise ConfigError(f"{partial}: {message}")
+    for line in lines[1:]:
+        kept = [Proposal(**proposal) for proposal in line["kept"]]
+        _count(report, kept, [Refused(**refused) for refused in line["refused"]])
+        fruitless = 0 if kept else fruitless + 1
+    return report, fruitless
+
+
+def _append(partial: Path, line: dict[str, Any]) -> None:
+    try:
+        with partial.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(line, default=dataclasses.asdict) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{partial}: can't be written: {error.strerror}.") from None
+
+
+def _count(report: GenerationReport, kept: list[Proposal], refused: list[Refused]) -> None:
+    report.requests += 1
+    report.kept += kept
+    report.refused += refused
+
+
+def _finish(report: GenerationReport, endpoint: Endpoint, seed: int, out: Path) -> None:
+    import httpx
+
+    url = httpx.URL(endpoint.url)
+    made = {"made_by": endpoint.model, "endpoint": url.netloc.decode(), "prompt_version": PROMPT_VERSION, "seed": seed}
+    parts = {out: [{**to_row(proposal.to_example()), **made} for proposal in report.kept]}
+    if report.refused:
+        parts[out.with_name(out.stem + ".refused.jsonl")] = [dataclasses.asdict(refused) for refused in report.refused]
+    write_rows(parts)
