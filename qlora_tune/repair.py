@@ -6,18 +6,16 @@ teach nothing or stand twice are dropped, everything else stays as it is and kee
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from qlora_tune.check import CheckReport
 from qlora_tune.containers import read_rows
 from qlora_tune.errors import DataError
 from qlora_tune.quality import mend_encoding, strip_end_mark, strip_invisible
+from qlora_tune.row_files import open_unfinished, to_line
 from qlora_tune.shapes import NO_INPUT, DataProblem, Row, map_columns, to_examples
 from qlora_tune.text_signs import CONTROL
 from qlora_tune.turns import RowError
@@ -56,8 +54,7 @@ def repair_files(
         for line in lines if kind in also_drop else ():
             dropped.setdefault((name, line), []).append(kind)
     counts = {"kept": 0, "repaired": 0, "dropped": 0}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(output) as rows, _replacing(log) as notes:
+    with open_unfinished(output) as rows, open_unfinished(log) as notes:
         for file in report.files:
             if file.refused:
                 continue
@@ -66,11 +63,11 @@ def repair_files(
                 if done.action != "skipped":
                     counts[done.action] += 1
                 if done.fields is not None:
-                    rows.write(_line(done.fields))
+                    rows.write(to_line(done.fields))
                 if done.action != "kept":
                     original = row.original if isinstance(row, DataProblem) else row.fields
                     entry = {"file": row.file, "line": row.line, "action": done.action, "reasons": done.reasons}
-                    notes.write(_line({**entry, "original": original}))
+                    notes.write(to_line({**entry, "original": original}))
     return Repair(output, log, sum(counts.values()), **counts)
 
 
@@ -138,27 +135,3 @@ def _refuse_overwriting(report: CheckReport, targets: Sequence[Path]) -> None:
     for target in targets:
         if target.resolve() in inputs:
             raise DataError(f"{target}: is one of the files that are read. Give the repaired copy another name.")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that appears under its name only when it is whole."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _line(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    # Half a character can't be written as UTF-8; as an escape it can.
-    return (text if _is_whole(text) else json.dumps(value, default=str)) + "\n"
-
-
-def _is_whole(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)

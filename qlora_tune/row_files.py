@@ -50,7 +50,7 @@ def open_unfinished(path: Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise DataError(f"{path}: can't be written: {error.strerror}.") from None
+        raise DataError(f"{path}: can't be written: {error.strerror or error}.") from None
     finally:
         with suppress(OSError):
             unfinished.unlink()
