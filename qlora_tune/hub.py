@@ -9,30 +9,32 @@ from urllib.parse import quote
 
 from qlora_tune.errors import DataError
 
-_DATASET_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.\[\]%:+-]+)?")
+_DATASET_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.\[\]%:+-]+))?")
 
 
 def is_dataset_id(name: str) -> bool:
-    """Whether a name that is no path may be a dataset of the hub: owner/name, maybe with `:split` behind."""
+    """Whether a name that is no path may be a dataset of the hub: owner/name, owner/name@configuration:split."""
     return bool(_DATASET_ID.fullmatch(name)) and not name.startswith(("./", "../"))
 
 
 def fetch_dataset(name: str) -> Path:
-    """Download a dataset's split (train, unless `owner/name:split` says another) and return it as a Parquet file.
+    """Download a split of a dataset (owner/name@configuration:split; train by itself) and return it as a Parquet file.
 
     Downloaded once: the copy in the cache is used until it is deleted, so that a run can be resumed on the same rows.
     Raises DataError where there is no network, no such dataset, or one that would run code.
     """
-    identifier, _, split = name.partition(":")
+    found = _DATASET_ID.fullmatch(name)
+    identifier, configuration, split = found.groups() if found else (name, None, None)
     # Quoted, not simplified: "train[:10%]" and "train[-10:]" are different rows.
-    kept = _cache_folder() / f"{identifier.replace('/', '--')}--{quote(split or 'train', safe='')}.parquet"
+    parts = (identifier.replace("/", "--"), configuration, split or "train")
+    kept = _cache_folder() / f"{'--'.join(quote(part, safe='') for part in parts if part)}.parquet"
     if kept.exists():
         return kept
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(identifier, split=split or "train")
+        rows = datasets.load_dataset(identifier, configuration, split=split or "train")
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_suffix(".unfinished")
         rows.to_parquet(str(unfinished))

@@ -31,7 +31,9 @@ def publish(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name", ["owner/name", "o-1/n.a_m-e", "owner/name:test", "o/n:train[:10%]", "o/n:train+test"])
+@pytest.mark.parametrize(
+    "name", ["owner/name", "o-1/n.a_m-e", "owner/name:test", "o/n:train[:10%]", "o/n:train+test", "o/n@main:test"]
+)
 def test_owner_and_name_are_a_dataset(name: str) -> None:
     assert is_dataset_id(name)
 
@@ -95,3 +97,13 @@ def test_a_split_that_is_not_there_is_refused_and_leaves_no_copy(here: Path) -> 
     with pytest.raises(DataError, match="owner/name:gone: .*gone"):
         fetch_dataset("owner/name:gone")
     assert not list((here / "cache").rglob("*.parquet"))
+
+
+def test_a_configuration_is_named_behind_an_at_sign(here: Path) -> None:
+    publish(here / "owner" / "name")
+    configs = "configs:\n- {config_name: all, data_files: train.jsonl}\n- {config_name: few, data_files: test.jsonl}\n"
+    (here / "owner" / "name" / "README.md").write_text(f"---\n{configs}---\n")
+    assert len(load_examples([fetch_dataset("owner/name@few")])[0]) == 3
+    assert len(load_examples([fetch_dataset("owner/name@all")])[0]) == 10
+    with pytest.raises(DataError, match="Config name is missing"):
+        fetch_dataset("owner/name")

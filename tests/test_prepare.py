@@ -1,0 +1,76 @@
+"""What training gets of the data: split chats, folders, weights and tools, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import settings
+
+from qlora_tune.prepare import count_tokens, prepare_data
+
+
+def write_chats(path: Path, *exchanges: int) -> Path:
+    """One chat a line, of so many exchanges."""
+    turns = [
+        [{"role": r, "content": f"word {n} {r}"} for n in range(k) for r in ("user", "assistant")] for k in exchanges
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    return path
+
+
+@pytest.mark.parametrize(("long_chats", "sequences", "learned"), [("cut", 2, 3), ("split", 4, 7)])
+def test_a_long_chat_is_cut_or_split_at_turn_boundaries(
+    builtin: Any, tmp_path: Path, long_chats: str, sequences: int, learned: int
+) -> None:
+    chat = builtin[2]
+    path = write_chats(tmp_path / "chats.jsonl", 6, 1)
+    heldout = write_chats(tmp_path / "heldout.jsonl", 1)
+    heldout.write_text(heldout.read_text().replace("word", "other"))
+    config = settings(data=str(path), heldout_data=str(heldout), max_length="64", long_chats=long_chats)
+    data = prepare_data(config, chat)
+    assert len(data.train) == sequences
+    assert all(len(sequence.input_ids) <= 64 for sequence in data.train)
+    assert sum(sequence.labels.count(chat.end_of_turn_id) for sequence in data.train) == learned
+    (problem,) = [problem for problem in data.report.problems if problem.action == "changed"]
+    assert problem.line == 1
+    assert ("split into 3" if long_chats == "split" else "only its first 2 of 6 answers") in problem.reason
+
+
+def test_a_folder_is_trained_on_file_by_file(builtin: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_chats(folder / "a.jsonl", 1, 2)
+    (folder / "b.csv").write_text("question,answer\nWhat is 2?,Two.\n")
+    (folder / "README.txt").write_text("About these files.")
+    data = prepare_data(settings(data=str(folder), heldout_share="0"), builtin[2])
+    assert [sequence.source for sequence in data.train] == ["a.jsonl:1", "a.jsonl:2", "b.csv:2"]
+
+
+def test_weight_0_and_results_of_tools_are_context_and_calls_are_learned(builtin: Any, tmp_path: Path) -> None:
+    tokenizer, chat = builtin[1], builtin[2]
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "bread"}'}}
+    turns = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "ignored", "weight": 0},
+        {"role": "user", "content": "second"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "the answer"},
+    ]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns, "tools": [{"name": "find"}]}))
+    config = settings(data=str(tmp_path / "d.jsonl"), heldout_share="0", max_length="512")
+    (sequence,) = prepare_data(config, chat).train
+    learned = tokenizer.decode([label for label in sequence.labels if label != -100])
+    assert "bread" in learned
+    assert "the answer" in learned
+    assert "ignored" not in learned
+    assert "found" not in learned
+
+
+def test_tokens_are_counted_as_they_are_trained_on(builtin: Any) -> None:
+    chat = builtin[2]
+    messages = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    assert count_tokens(chat, messages) == len(chat.tokenize_example(messages)[0].input_ids)  # type: ignore[arg-type]
