@@ -337,9 +337,12 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
         f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "
         f"LoRA r {config.lora_r}"
     )
+    for file, notes in setup.data.report.notes.items():
+        for note in notes:
+            say(f"{Path(file).name}: {note}")
     terminal.show_data_summary(setup.data.summary())
-    if setup.data.report.problems:
-        report = setup.data.report
+    report = setup.data.report
+    if report.rejected or report.changed:
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
     with terminal.TrainProgress(resume) as progress:

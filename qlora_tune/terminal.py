@@ -40,6 +40,7 @@ errors = Console(highlight=False, emoji=False, stderr=True)
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
+_ACTIONS = {"rejected": "red", "changed": "yellow", "skipped": "dim"}
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
 
 
@@ -71,7 +72,7 @@ def show_problems(report: DataReport) -> None:
     """Each reason once, with how many rows it met and the first of them."""
     groups = report.group_problems()
     for count, first in groups[:MAX_LISTED]:
-        word = "[red]rejected[/]" if first.action == "rejected" else "[yellow]changed[/]"
+        word = f"[{_ACTIONS[first.action]}]{first.action}[/]"
         more = f" (and {count - 1} more for such a reason)" if count > 1 else ""
         console.print(f"  {word} {escape(printable(str(first)))}{more}", soft_wrap=True)
     if len(groups) > MAX_LISTED:
