@@ -364,11 +364,12 @@ def _pick_guard(tokenizer: Any, added: dict[str, Any]) -> tuple[str, int]:
 
 def _break_tokens(content: str, tokens: re.Pattern[str], mark: str) -> str:
     """Put a mark behind the first character of every control token, overlapping ones too."""
+    pieces: list[str] = []
     position = 0
     while found := tokens.search(content, position):
+        pieces.append(content[position : found.start() + 1])
         position = found.start() + 1
-        content = content[:position] + mark + content[position:]
-    return content
+    return mark.join([*pieces, content[position:]])
 
 
 def _break_strings(value: Any, tokens: re.Pattern[str], mark: str) -> Any:

@@ -19,12 +19,12 @@ from typing import Any
 from qlora_tune.data import DataReport, convert_rows, label_files, load_examples
 from qlora_tune.duplicates import Copies, DuplicateFinder, LeakFinder
 from qlora_tune.errors import DataError
+from qlora_tune.lengths import Histogram, count_lengths
 from qlora_tune.quality import DEFECTS, ends_in_prose, find_defects, last_words
 from qlora_tune.shapes import FIELDS, Example, Row, parse_source
 
 LISTED = 1000  # findings of one kind that are kept with their line; beyond it only counted
 NEAR_ROWS = 200_000  # rows from which near duplicates are searched only when asked for: 64 bytes a row and more
-HISTOGRAM_BARS = 20
 _READ_KEYS = {
     *FIELDS,
     "category",
@@ -58,18 +58,6 @@ class FileCheck:
     kept: int = 0
     notes: list[str] = field(default_factory=list)
     refused: str = ""  # why it could not be read
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How long the examples are: counts[i] of them from edges[i] to below edges[i + 1]."""
-
-    unit: str  # "tokens" or "characters"
-    edges: list[int]
-    counts: list[int]
-    median: int
-    longest: int
-    limit: int | None = None  # max_length
 
 
 @dataclass
@@ -158,7 +146,7 @@ def check_files(
     check = _Check(CheckReport(), columns, encoding, measure, max_length)
     check.watch_heldout(heldout)
     finder = DuplicateFinder(near=near is not False, limit=None if near else NEAR_ROWS)
-    for path in paths:
+    for path in dict.fromkeys(paths):
         for example in check.read(path):
             finder.add(example)
             on_row()
@@ -205,6 +193,7 @@ class _Check:
         self._columns, self._encoding = columns, encoding
         self._measure, self._max_length = measure, max_length
         self._files: list[str] = []
+        self._labels: dict[str, str] = {}
         self._file_of, self._line_of = array("H"), array("Q")  # of each example, by its number
         self._flaws = array("B")  # how many defects each shows, so that the better of two copies is kept
         self._lengths = array("Q")
@@ -213,6 +202,8 @@ class _Check:
         self._leaks: LeakFinder | None = None
         self._heldout: list[tuple[str, int]] = []
         self._odd: set[tuple[str, int]] = set()
+        self._several: dict[tuple[str, int], int] = {}  # rows of more than one example, and how many
+        self._copied: Counter[tuple[str, int]] = Counter()
 
     def watch_heldout(self, paths: Sequence[str | Path]) -> None:
         if not paths:
@@ -228,11 +219,12 @@ class _Check:
         self.report.files.append(file)
         self._files.append(name)
         try:
-            for row, conversion in convert_rows(Path(path), found, name, self._columns, self._encoding):
+            for row, conversion in convert_rows(Path(path), found, name, self._columns, self._encoding, keep=False):
                 columns.look_at(row, conversion.shape)
                 for change in conversion.changes:
-                    kind = "no input" if "treated as no" in change else "changed on reading"
-                    self.report.add(kind, name, row.line, change)
+                    self.report.add(_kind_of(change), name, row.line, change)
+                if len(conversion.examples) > 1:
+                    self._several[name, row.line] = len(conversion.examples)
                 for example in conversion.examples:
                     self._look_at(example, name, row.line, bool(conversion.changes))
                     yield example
@@ -252,7 +244,9 @@ class _Check:
         self._note_copies(copies)
         self._note_leaks()
         self._note_tasks(heldout_share)
-        self.report.lengths = _histogram(self._lengths, "tokens" if self._measure else "characters", self._max_length)
+        self.report.lengths = count_lengths(
+            self._lengths, "tokens" if self._measure else "characters", self._max_length
+        )
         order = {file: number for number, file in enumerate(self._files)}
         for found in self.report.findings.values():
             found.sort(key=lambda finding: (order.get(finding.file, len(order)), finding.line))
@@ -292,18 +286,26 @@ class _Check:
         return self._files[self._file_of[number]], self._line_of[number]
 
     def _label(self, file: str) -> str:
-        return label_files(self._files)[file]
+        if len(self._labels) != len(self._files):
+            self._labels = label_files(self._files)
+        return self._labels[file]
 
     def _where(self, number: int, seen_from: int) -> str:
         file, line = self._place(number)
         return f"of line {line}" if self._place(seen_from)[0] == file else f"of {self._label(file)}:{line}"
+
+    def _is_copied(self, number: int) -> bool:
+        """Whether all examples of a row are copies: else the row holds something of its own."""
+        place = self._place(number)
+        return self._copied[place] >= self._several.get(place, 1)
 
     def _note_copies(self, copies: Copies) -> None:
         """Of each group of copies the row with the fewest defects stays, the first of them; the others are named."""
         for group, kinds in copies.groups():
             keeper = min(group, key=lambda number: (self._flaws[number] + (self._place(number) in self._odd), number))
             for number in group:
-                if number != keeper:
+                self._copied[self._place(number)] += number != keeper
+                if number != keeper and self._place(number) != self._place(keeper) and self._is_copied(number):
                     kind = kinds.get(number) or kinds.get(keeper, "near duplicate")
                     self.report.add(kind, *self._place(number), self._where(keeper, number))
         for number, first in copies.conflicting.items():
@@ -312,6 +314,7 @@ class _Check:
     def _note_leaks(self) -> None:
         for leak in self._leaks.find() if self._leaks else ():
             file, line = self._place(leak.train)
+            self.report.dropped.setdefault((file, line), []).append(f"leak: {leak.kind} as a held-out row")
             self.report.add(
                 f"leak: {leak.kind}", *self._heldout[leak.heldout], f"trained on at {self._label(file)}:{line}"
             )
@@ -358,6 +361,13 @@ class _Check:
             self.report.add("uneven tasks", file, 0, f"{most} has {tasks[most]} rows, {least} has {tasks[least]}")
 
 
+def _kind_of(change: str) -> str:
+    """Under which kind of defect a change on reading is reported."""
+    if "end-of-text mark" in change:
+        return "end-of-text mark behind the answer"
+    return "no input" if "treated as no" in change else "changed on reading"
+
+
 def _begins_another(word: str, ordered: Sequence[str]) -> bool:
     """Whether another word goes on by more than an ending such as -s or -ed."""
     for other in ordered[bisect_right(ordered, word) :]:
@@ -366,17 +376,3 @@ def _begins_another(word: str, ordered: Sequence[str]) -> bool:
         if other[len(word) :] not in ("s", "d", "ed", "er", "es", "ly", "ing", "'s"):
             return True
     return False
-
-
-def _histogram(lengths: Sequence[int], unit: str, limit: int | None) -> Histogram | None:
-    """Bars of one width over the lengths up to the 99.5th percentile; the last one takes all that is longer."""
-    if not lengths:
-        return None
-    ordered = sorted(lengths)
-    top = ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))]
-    width = max(1, math.ceil((top + 1) / HISTOGRAM_BARS))
-    counts = [0] * HISTOGRAM_BARS
-    for length in lengths:
-        counts[min(length // width, HISTOGRAM_BARS - 1)] += 1
-    edges = [width * i for i in range(HISTOGRAM_BARS)] + [max(ordered[-1] + 1, width * HISTOGRAM_BARS)]
-    return Histogram(unit, edges, counts, ordered[len(ordered) // 2], ordered[-1], limit if unit == "tokens" else None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_tune.check import CheckReport, Histogram
+from qlora_tune.check import CheckReport
+from qlora_tune.lengths import Histogram
 from qlora_tune.quality import DEFECTS
 
 _SHOWN = 50  # findings of one kind on the page; the JSON report holds more
@@ -59,7 +60,8 @@ width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title }}</title>
 <details {% if defect.severity == "error" %}open{% endif %}><summary><span class="{{ defect.severity }}">
 {{ defect.severity }}</span> <b>{{ kind }}</b>: {{ "{:,}".format(report.counts[kind]) }} rows.
 {{ defect.meaning }}</summary>
-<table>{% for finding in report.findings[kind][:shown] %}<tr><td><code>{{ finding.file }}:{{ finding.line }}</code></td>
+<table>{% for finding in report.findings[kind][:shown] %}<tr>
+<td><code>{{ finding.file }}{{ ":%d" % finding.line if finding.line }}</code></td>
 <td>{{ finding.detail }}</td></tr>{% endfor %}</table>
 {% if report.counts[kind] > shown %}<p>… and {{ report.counts[kind] - shown }} more.</p>{% endif %}
 </details>{% endfor %}

@@ -24,7 +24,7 @@ from qlora_tune.config import (
     resolve_config,
     shipped_path,
 )
-from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
+from qlora_tune.errors import ConfigError, DataError, RunError, TuneError, join_problems
 from qlora_tune.flags import AnySettings, given_flags, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.runs import Run, latest_run, list_runs, new_run, open_run
@@ -111,6 +111,9 @@ def preview(
     if line is not None:
         sequences = [sequence for sequence in sequences if sequence.source.endswith(f":{line}")]
     if not sequences:
+        reasons = [str(problem) for problem in setup.data.report.problems if problem.line == line]
+        if reasons:
+            raise DataError(join_problems(f"Line {line} is not trained or scored on:", reasons))
         raise DataError(f"Line {line} holds no row that is trained or scored on. See: python -m qlora_tune check FILE")
     for sequence in sequences[: None if line else rows]:
         figures = f"{len(sequence.input_ids)} tokens, {sequence.learned} learned"

@@ -55,6 +55,8 @@ def check(
     columns, also_drop = parse_columns(config.map), _kinds(drop or [], fix)
     paths = [*files, *config.data] or [str(shipped_path("sample.jsonl"))]
     say(f"reading {', '.join(paths)}")
+    if tokens:
+        say(f"tokens of base {config.model_name_or_path}; max_length {config.max_length} (preset {config.preset})")
     with terminal.counting("rows read") as on_row:
         report = check_files(
             find_data(paths),

@@ -7,7 +7,6 @@ read without guessing what was lost is refused. Files are read as streams, so th
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
 import zlib
@@ -52,15 +51,13 @@ def read_rows(
     rows were lost.
     """
     container = _examine(path, encoding)
+    container.check_whole()
     container.notes = notes if notes is not None else container.notes
     last = 0
     try:
         for row in _READERS[_suffix(path)](container, columns):
             last = row.line
             yield row
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        where = f" after line {last}" if last else ""
-        raise DataError(f"{path}: the gzip file is damaged or cut off{where}. Get a whole copy.") from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}{_locate_undecodable(container, last)}: not {container.encoding.removesuffix('-sig')} text "
@@ -73,8 +70,8 @@ def read_rows(
 def _examine(path: Path, encoding: str) -> Container:
     if not path.exists():
         raise DataError(f"{path}: no such file. Give the path of a data file ({EXPECTED}) or folder.")
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a file.")
+    if not path.is_file():
+        raise DataError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}, expected a file.")
     if _suffix(path) not in SUFFIXES:
         raise DataError(f'{path}: files ending in "{path.suffix}" are not read. Expected {EXPECTED}.')
     container = Container(path)
@@ -111,9 +108,16 @@ def _read_json(container: Container, columns: Iterable[str]) -> Iterator[Row | D
         yield from _read_lines(container)
         return
     with container.open_text() as file:
+        # A file that breaks off is refused before any of its rows was used.
+        before, numbered = 0, False
+        for _, line, _ in JsonStream(file, str(container.path)).read_rows():
+            before, numbered = line, numbered or line == before
+    if numbered:
+        container.notes.append("several rows stand on one line: the lines given are the numbers of rows")
+    with container.open_text() as file:
         stream = JsonStream(file, str(container.path))
-        for value, line, problem in stream.read_rows():
-            yield _as_row(value, problem, str(container.path), line)
+        for number, (value, line, problem) in enumerate(stream.read_rows(), start=1):
+            yield _as_row(value, problem, str(container.path), number if numbered else line)
         container.notes += stream.notes
 
 
@@ -128,7 +132,8 @@ def _is_json_lines(container: Container) -> bool:
             # A bad first line of JSON Lines, or an array or object that goes on: then it ends on a later line.
             whole = first.startswith("{") and _suffix(container.path) == ".json"
             return not first.startswith("[") and not whole
-        wrapped = isinstance(value, dict) and any(isinstance(value.get(key), list) for key in WRAPPERS)
+        held = [value.get(key) for key in WRAPPERS] if isinstance(value, dict) else []
+        wrapped = any(isinstance(rows, list) and all(isinstance(row, dict) for row in rows[:1]) for rows in held)
         return (isinstance(value, dict) and not wrapped) or any(line.strip() for line in file)
 
 
@@ -146,7 +151,7 @@ def _read_lines(container: Container) -> Iterator[Row | DataProblem]:
 
 def _as_row(value: Any, problem: str, name: str, line: int) -> Row | DataProblem:
     value, cut = unwrap_row(value)
-    problem = problem or cut or ("" if isinstance(value, dict) else f"is a {type_name(value)}, expected an object")
+    problem = problem or cut or ("" if isinstance(value, dict) else f"is {type_name(value)}, expected an object")
     return DataProblem(name, line, problem, original=value) if problem else Row(value, name, line)
 
 
@@ -166,19 +171,22 @@ def _read_parquet(container: Container, columns: Iterable[str]) -> Iterator[Row 
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(fields, str(container.path), number)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
         raise DataError(f"{container.path}: not a whole Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _holds_chatml(container: Container) -> bool:
-    with container.open_text(errors="replace") as file:
-        return "<|im_start|>" in file.read(_SNIFFED)
+    try:
+        with container.open_text(errors="replace") as file:
+            return "<|im_start|>" in file.read(_SNIFFED)
+    except (OSError, EOFError, zlib.error):
+        return True  # reading it will say what is wrong
 
 
 def _read_text(container: Container, columns: Iterable[str]) -> Iterator[Row | DataProblem]:
     """Conversations of a ChatML text; one begins with a system turn, or behind an empty line."""
     settle_encoding(container)
-    name, begun, text = str(container.path), 0, ""
+    name, begun, lines, blank = str(container.path), 0, list[str](), True
     with container.open_text(newline=None) as file:
         if "<|im_start|>" not in file.read(_SNIFFED):
             raise DataError(
@@ -186,14 +194,15 @@ def _read_text(container: Container, columns: Iterable[str]) -> Iterator[Row | D
             )
         file.seek(0)
         for number, line in enumerate(file, start=1):
-            opens = line.startswith("<|im_start|>system") or (line.startswith("<|im_start|>") and text.endswith("\n\n"))
-            if opens and text.strip():
-                yield Row({"text": text.strip()}, name, begun)
-            if opens or not text.strip():
-                text, begun = "", number
-            text += line
-    if text.strip():
-        yield Row({"text": text.strip()}, name, begun)
+            if line.startswith("<|im_start|>system") or (line.startswith("<|im_start|>") and blank):
+                if text := "".join(lines).strip():
+                    yield Row({"text": text}, name, begun)
+                lines, begun = [], number
+            begun = begun if lines else number
+            lines += [line] if lines or line.strip() else []
+            blank = not line.strip()
+    if text := "".join(lines).strip():
+        yield Row({"text": text}, name, begun)
 
 
 _READERS = {

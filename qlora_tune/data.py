@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_tune.containers import SUFFIXES, list_files, read_rows
-from qlora_tune.duplicates import find_near, sketch
+from qlora_tune.duplicates import find_near, find_related, sketch
 from qlora_tune.errors import ConfigError, DataError, join_problems
 from qlora_tune.hub import fetch_dataset, is_dataset_id
+from qlora_tune.shape_readers import ShapeError
 from qlora_tune.shapes import (
     FIELDS,
     KNOWN_SHAPES,
@@ -24,7 +25,6 @@ from qlora_tune.shapes import (
     DataProblem,
     Example,
     Row,
-    ShapeError,
     detect_format,
     map_columns,
     reject_example,
@@ -99,7 +99,8 @@ def find_data(paths: Sequence[str | Path]) -> list[str]:
         if not Path(path).exists() and is_dataset_id(path) and not path.removesuffix(".gz").endswith(SUFFIXES):
             found.append(str(fetch_dataset(path)))
         else:
-            found += [str(file.resolve()) for file in list_files(Path(path))]
+            files = [str(file.resolve()) for file in list_files(Path(path))]
+            found += dict.fromkeys(files) if Path(path).is_dir() else files  # a folder may link to one file twice
     return found
 
 
@@ -146,8 +147,12 @@ def convert_rows(
     label: str = "",
     columns: Mapping[str, str] | None = None,
     encoding: str = "auto",
+    keep: bool = True,
 ) -> Iterator[tuple[Row, Conversion]]:
-    """Read one file as a stream: each row that gives examples; every other one goes into the report."""
+    """Read one file as a stream: each row that gives examples; every other one goes into the report.
+
+    `keep` says whether the report holds rows as they stood, which takes the memory of all that can't be used.
+    """
     for row in read_rows(path, (columns or {}).values(), encoding, report.notes.setdefault(str(path), [])):
         report.rows_in += not (isinstance(row, DataProblem) and row.action == "skipped")
         if isinstance(row, DataProblem):
@@ -160,7 +165,9 @@ def convert_rows(
         except RowError as error:
             shape = error.shape if isinstance(error, ShapeError) else detect_format(row.fields)
             report.shapes[shape or "unknown"] += 1
-            report.problems.append(DataProblem(row.file, row.line, str(error), original=original.fields))
+            report.problems.append(
+                DataProblem(row.file, row.line, str(error), original=original.fields if keep else None)
+            )
             continue
         report.shapes[conversion.shape] += 1
         report.tasks[conversion.examples[0].task or "(none)"] += 1
@@ -182,10 +189,10 @@ def duplicate_key(example: Example) -> str:
 def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out about `share` of each task's examples, whole duplicate groups at a time.
 
-    Returns (train, heldout), both in file order. No duplicate group (rows of one prompt, and near copies) stands on
-    both sides; a group larger than its task's budget stays in training. What a task is too small to give up is
-    carried to the next one, so that the share holds over many small tasks. One group at least is held out where
-    there are two, and one always trained on.
+    Returns (train, heldout), both in file order. No duplicate group (rows of one prompt, near copies, rows about one
+    passage) stands on both sides; a group larger than its task's budget stays in training. What a task is too small
+    to give up is carried to the next one, so that the share holds over many small tasks. One group at least is held
+    out where there are two, and one always trained on.
     """
     groups = _group_copies(examples)
     by_task: dict[str, list[list[int]]] = {}
@@ -212,16 +219,26 @@ def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple
 
 
 def _group_copies(examples: Sequence[Example]) -> dict[str, list[int]]:
-    """Indices of examples by group: those of one prompt, and the groups that near copies bring together."""
+    """Indices of examples by group: those of one prompt, and those that near copies or one passage bring together."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault(duplicate_key(example), []).append(index)
-    firsts = {members[0]: key for key, members in groups.items()}
-    kept = sorted(firsts)
-    for row, earlier, _ in find_near([sketch(examples[index]) for index in kept]):
-        key, into = firsts[kept[row]], firsts[kept[earlier]]
-        groups[into] += groups.pop(key)
-        firsts[kept[row]] = into
+    keys = list(groups)
+    group_of = {index: number for number, members in enumerate(groups.values()) for index in members}
+    leader = list(range(len(keys)))
+
+    def lead(row: int) -> int:
+        while leader[row] != row:
+            row = leader[row]
+        return row
+
+    near = ((row, earlier) for row, earlier, _ in find_near([sketch(example) for example in examples], best=False))
+    for pair in (*near, *find_related(examples)):
+        one, other = sorted(lead(group_of[row]) for row in pair)
+        leader[other] = one
+    for row, key in enumerate(keys):
+        if lead(row) != row:
+            groups[keys[lead(row)]] += groups.pop(key)
     return groups
 
 

@@ -23,6 +23,9 @@ def read_delimited(container: Container, columns: Iterable[str]) -> Iterator[Row
     dialect = _find_dialect(container)
     name, header = str(container.path), None
     for line, cells in _records(container, dialect):
+        if not cells:
+            yield DataProblem(name, line, "blank line", "skipped")
+            continue
         if header is None:
             if re.fullmatch("sep=.", dialect["delimiter"].join(cells)):
                 continue  # Excel's word on the delimiter
@@ -83,7 +86,7 @@ def _is_unquoted(container: Container) -> bool:
 
 
 def _records(container: Container, dialect: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    """Records with the line they begin on; empty lines left out. Raises csv.Error naming the line."""
+    """Records with the line they begin on, without cells where all are empty. Raises csv.Error naming the line."""
     csv.field_size_limit(1 << 30)
     with container.open_text(newline="") as file:
         reader = csv.reader(file, **dialect)
@@ -98,8 +101,7 @@ def _records(container: Container, dialect: dict[str, Any]) -> Iterator[tuple[in
                 ) from None
             if cells is None:
                 return
-            if any(cell.strip() for cell in cells):
-                yield line, cells
+            yield line, cells if any(cell.strip() for cell in cells) else []
 
 
 def _name_columns(cells: Sequence[str], columns: Iterable[str]) -> tuple[list[str], bool]:

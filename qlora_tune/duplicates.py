@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
-from zlib import crc32
+from zlib import adler32, crc32
 
 from qlora_tune.shapes import Example
 
@@ -28,7 +28,9 @@ _WORD = re.compile(r"\w+")
 # Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer letters.
 _UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _PASSAGE = 10  # shared shingles from which a passage counts as the same
+_FEW = 12  # rows that may share a shingle which still tells two of them apart from all others
 _COMMON = 200  # a shingle in more training rows than this is no longer compared: an instruction used over and over
+_CANDIDATES = 20
 _PERMUTATIONS, _BANDS = 64, 16  # a pair at 0.8 becomes a candidate with a probability of 0.9998
 
 
@@ -169,10 +171,10 @@ class LeakFinder:
     def add(self, example: Example) -> None:
         """Compare one more training row."""
         number, self._seen = self._seen, self._seen + 1
-        for row in self._exact.get(exact_key(example), ()):
-            self._sure.setdefault(row, Leak(row, number, "same conversation", 1.0))
-        for row in self._prompt.get(prompt_key(example), ()):
+        for row in self._prompt.pop(prompt_key(example), ()):
             self._sure.setdefault(row, Leak(row, number, "same prompt", 1.0))
+        for row in self._exact.pop(exact_key(example), ()):
+            self._sure[row] = Leak(row, number, "same conversation", 1.0)
         shared: dict[int, set[str]] = defaultdict(set)
         own = shingles(example.prompt)
         for shingle in own:
@@ -201,21 +203,56 @@ class LeakFinder:
         return [leak for _, leak in sorted({**best, **self._sure}.items())]
 
     def _judge(self, row: int, number: int, shared: set[str], common: set[str], example: Example) -> Leak | None:
-        heldout = self._examples[row]
-        telling = self._shingles[row] - common
-        if not telling or not shared:
-            return None
-        share = len(shared) / min(len(telling), max(len(shingles(example.prompt) - common), 1))
-        answers = jaccard(shingles(heldout.answer), shingles(example.answer))
-        same_input = _share_input(heldout, example)
-        if share >= SIMILAR and (same_input or answers >= 0.5 or not _has_parts(heldout)):
-            kind: Literal["near copy", "same passage"] = "near copy" if answers >= 0.5 else "same passage"
-            return Leak(row, number, kind, share)
-        if len(shared) >= _PASSAGE and share >= 0.5 and (same_input or answers >= SIMILAR or not _has_parts(heldout)):
-            return Leak(row, number, "same passage", share)
-        if same_input and len(_last_part(heldout).split()) >= _PASSAGE and shared:
-            return Leak(row, number, "same passage", share)
+        telling, others = len(self._shingles[row] - common), len(shingles(example.prompt) - common)
+        kind = _judge_pair(self._examples[row], example, len(shared), telling, others)
+        return Leak(row, number, kind, len(shared) / min(telling, max(others, 1))) if kind else None
+
+
+def find_related(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
+    """Pairs of examples, by number, of which one would leak into a score if the other were trained on.
+
+    They are what LeakFinder finds across two sets of rows: near copies, and the same passage or question under other
+    words. Only what at most 12 rows share tells two apart from all others.
+    """
+    import numpy as np
+
+    hashed = [_hash(shingles(example.prompt)) for example in examples]
+    number = len(hashed)
+    if number < 2:
+        return
+    owners = np.repeat(np.arange(number), [len(one) for one in hashed])
+    _, where, counts = np.unique(np.concatenate(hashed), return_inverse=True, return_counts=True)
+    order = np.argsort(where, kind="stable")
+    starts = np.cumsum(counts) - counts
+    telling = np.bincount(owners, weights=counts[where] <= max(3, number // 100), minlength=number)
+    pairs = [np.empty(0, dtype=np.int64)]
+    for size in range(2, _FEW + 1):
+        rows = owners[order[starts[counts == size][:, None] + np.arange(size)]]
+        one, other = np.triu_indices(size, 1)
+        pairs.append((rows[:, one] * number + rows[:, other]).ravel())
+    found, shared = np.unique(np.concatenate(pairs), return_counts=True)
+    enough = 2 * shared >= np.minimum(2 * _PASSAGE, np.minimum(telling[found // number], telling[found % number]))
+    for pair, count in zip(found[enough].tolist(), shared[enough].tolist(), strict=True):
+        one, other = divmod(pair, number)
+        if _judge_pair(examples[one], examples[other], count, int(telling[one]), int(telling[other])):
+            yield one, other
+
+
+def _judge_pair(
+    one: Example, other: Example, shared: int, telling: int, others: int
+) -> Literal["near copy", "same passage"] | None:
+    """What two examples are to each other that share so many of their telling shingles; None: nothing."""
+    if not telling or not shared:
         return None
+    share = shared / min(telling, max(others, 1))
+    answers = jaccard(shingles(one.answer), shingles(other.answer))
+    same_input = _share_input(one, other)
+    if share >= SIMILAR and (same_input or answers >= 0.5 or not _has_parts(one)):
+        return "near copy" if answers >= 0.5 else "same passage"
+    if shared >= _PASSAGE and share >= 0.5 and (same_input or answers >= SIMILAR or not _has_parts(one)):
+        return "same passage"
+    # An equal last part is no passage where it is a question that many rows end in: then little of the rest is shared.
+    return "same passage" if same_input and share > 0.5 and len(_last_part(one).split()) >= _PASSAGE else None
 
 
 def _group(keys: Iterable[int]) -> dict[int, list[int]]:
@@ -249,24 +286,32 @@ def _last_part(example: Example) -> str:
 
 
 class Sketch(NamedTuple):
-    """An example as numbers: its shingles, and the words of its input and of its answer by themselves."""
+    """An example as numbers: its shingles, those that tell it apart, and the words of its input and of its answer."""
 
     whole: Any
+    telling: Any  # shingles of input and answer, without the instruction that many rows may share
     input: Any
     answer: Any
 
 
 def sketch(example: Example) -> Sketch:
     """Hash an example for the search of near copies: 4 bytes a shingle or word, sorted."""
-    words = (_WORD.findall(text.casefold()) for text in (_last_part(example), example.answer))
-    return Sketch(_hash(shingles(f"{example.prompt}\n{example.answer}")), *map(_hash, words))
+    last = _last_part(example)
+    words = (_WORD.findall(text.casefold()) for text in (last, example.answer))
+    whole = _hash(shingles(f"{example.prompt}\n{example.answer}"))
+    parted = "\n\n" in example.prompt
+    return Sketch(whole, _hash(shingles(f"{last}\n{example.answer}")) if parted else whole, *map(_hash, words))
 
 
-def find_near(sketches: Sequence[Sketch], skip: Iterable[int] = ()) -> Iterator[tuple[int, int, float]]:
-    """Rows whose shingles are 80 % or more those of an earlier row: the row, that row, the similarity.
+def find_near(
+    sketches: Sequence[Sketch], skip: Iterable[int] = (), best: bool = True
+) -> Iterator[tuple[int, int, float]]:
+    """Rows whose shingles are 80 % or more those of an earlier row: the row, that row (`best`: the most alike; else
+    each one), the similarity.
 
     Input and answer must be alike too, half of their words: rows under one long instruction are no copies. Rows in
-    `skip` are not searched. Candidates come from MinHash, each is verified.
+    `skip` are not searched. Candidates are those whose inputs and answers together look alike by MinHash, at most 20;
+    each is verified.
     """
     from rensa import RMinHash, RMinHashLSH
 
@@ -276,11 +321,11 @@ def find_near(sketches: Sequence[Sketch], skip: Iterable[int] = ()) -> Iterator[
         if row in left_out or not len(one.whole):
             continue
         signature = RMinHash(num_perm=_PERMUTATIONS, seed=1)
-        signature.update([shingle.tobytes() for shingle in one.whole[:, None]])
-        similar = [(_similarity(one, sketches[earlier]), -earlier) for earlier in index.query(signature)]
-        best, earlier = max(similar, default=(0.0, 0))
-        if best >= SIMILAR:
-            yield row, -earlier, best
+        signature.update([shingle.tobytes() for shingle in one.telling[:, None]])
+        candidates = sorted(index.query(signature))[:_CANDIDATES]
+        similar = sorted((-_similarity(one, sketches[earlier]), earlier) for earlier in candidates)
+        found = [(earlier, -likeness) for likeness, earlier in similar if -likeness >= SIMILAR]
+        yield from ((row, earlier, likeness) for earlier, likeness in found[: 1 if best else None])
         index.insert(row, signature)
 
 
@@ -303,7 +348,8 @@ def _overlap(one: Any, other: Any) -> float:
 def _hash(found: Iterable[str]) -> Any:
     import numpy as np
 
-    return np.unique(np.array([crc32(one.encode("utf-8", "surrogatepass")) for one in found], dtype=np.uint32))
+    encoded = [one.encode("utf-8", "surrogatepass") for one in found]
+    return np.unique(np.array([crc32(one) << 32 | adler32(one) for one in encoded], dtype=np.uint64))
 
 
 def _later_of_equal(keys: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -329,7 +375,7 @@ def _spoken(example: Example) -> list[dict[str, str]]:
     return [
         {
             "role": turn["role"],
-            "content": f"{turn['content']} {json.dumps(turn['tool_calls'])}"
+            "content": f"{turn['content']} {json.dumps(turn['tool_calls'], default=str)}"
             if turn.get("tool_calls")
             else turn["content"],
         }

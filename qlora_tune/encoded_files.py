@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -42,6 +43,17 @@ class Container:
         """The file's text; line ends stay as they are."""
         return io.TextIOWrapper(self.open(), self.encoding, errors, newline)
 
+    def check_whole(self) -> None:
+        """Read a packed file to its end. Raises DataError where it is cut off, before any of its rows was used."""
+        lines = 0
+        try:
+            with self.open() as file:
+                while isinstance(file, gzip.GzipFile) and (chunk := file.read(1 << 13)):
+                    lines += chunk.count(b"\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            where = f" after line {lines}" if lines else ""
+            raise DataError(f"{self.path}: the gzip file is damaged or cut off{where}. Get a whole copy.") from None
+
     def find_encoding(self, wanted: str) -> None:
         """Take the encoding that was named, or (auto) the one that the first bytes show.
 
@@ -55,7 +67,7 @@ class Container:
             return
         named = _known(wanted)
         # A mark is no text; and UTF-8 that was asked for is no guess that another encoding may replace.
-        self.encoding = marked if marked.startswith(named[:6]) else named.replace("utf-8", "utf-8-sig")
+        self.encoding = marked if marked.startswith(named[:6]) else {"utf-8": "utf-8-sig"}.get(named, named)
 
 
 def settle_encoding(container: Container) -> None:
@@ -94,6 +106,9 @@ def _measure_runs(container: Container) -> float | None:
 def _known(encoding: str) -> str:
     try:
         "a".encode(encoding)  # hex and its like are codecs, but no text
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        if name in ("idna", "punycode", "undefined", "utf-7") or "escape" in name:
+            raise LookupError(name)
+        return name
     except (LookupError, ValueError):
         raise DataError(f'"{encoding}" is no encoding. Expected auto, utf-8, cp1252, or another by name.') from None

@@ -16,13 +16,17 @@ from qlora_tune.errors import DataError
 
 WRAPPERS = ("data", "rows")  # keys under which whole files hold their rows
 _CHUNK = 1 << 20  # characters read at once
+MAX_DEPTH = 100
+_ARRAY_OF = re.compile(r"\[\s*(\S)")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TAIL = 16  # an error this near to the end may only mean that a number, word or escape goes on in the next chunk
 
 
 def decode_row(text: str) -> Any:
     """Decode one whole JSON text. Raises ValueError, also for a key that stands twice and for NaN."""
-    return _STRICT.decode(text)
+    value = _STRICT.decode(text)
+    _refuse_deep(value, text.count("[") + text.count("{"))
+    return value
 
 
 def decode_line(content: bytes) -> tuple[Any, str]:
@@ -94,7 +98,7 @@ class JsonStream:
             key, _ = self._value()
             if not isinstance(key, str) or not self._take(":"):
                 raise self._broken("Expecting a key and ':'")
-            if key in WRAPPERS and self._peek() == "[":
+            if key in WRAPPERS and self._peek() == "[" and self._holds_rows():
                 wrapper = key
                 yield from self._array()
             elif key in fields:
@@ -112,12 +116,20 @@ class JsonStream:
         elif fields:
             self.notes.append(f'rows are those under "{wrapper}"; not read: {", ".join(fields)}')
 
+    def _holds_rows(self) -> bool:
+        """Whether the array that begins here is one of objects; any other is a value of the one row."""
+        while not (found := _ARRAY_OF.match(self._buffer, self._position)):
+            if not self._more():
+                return False
+        return found[1] in "{]"
+
     def _row(self) -> tuple[Any, int, str]:
         """One value by the strict rules; where only they refuse it, as it is, with the reason."""
         self._peek()
         start = self._line
         try:
-            return (*self._value(_STRICT), "")
+            value, _ = self._value(_STRICT)
+            return value, start, ""
         except _RefusedError as refused:
             value, _ = self._value()
             return value, start, f"not valid JSON: {refused}"
@@ -138,6 +150,9 @@ class JsonStream:
                 raise
             except (ValueError, RecursionError) as error:  # a number too long for Python is a ValueError, too
                 raise self._broken(json_reason(error)) from None
+            brackets = self._buffer.count("[", self._position, end) + self._buffer.count("{", self._position, end)
+            if decoder is _STRICT:
+                _refuse_deep(value, brackets)
             if end >= len(self._buffer) - _TAIL and not isinstance(value, dict | list | str) and self._more():
                 continue  # a number may go on
             self._move(end)
@@ -183,6 +198,26 @@ class _RefusedError(ValueError):
     """A value that is JSON by its grammar, but not one that all readers understand alike."""
 
 
+def _refuse_deep(value: Any, brackets: int) -> None:
+    """Refuse what is nested so deep that a program that walks through it may fail; no row needs that."""
+    layer = [value] if brackets > MAX_DEPTH else []
+    for _ in range(MAX_DEPTH):
+        layer = [inner for outer in layer if isinstance(outer, dict | list) for inner in _held_in(outer)]
+    if any(isinstance(inner, dict | list) for inner in layer):
+        raise _RefusedError("nested too deep")
+
+
+def _held_in(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), -float("inf")):
+        raise _RefusedError(f"{text} is too large a number")
+    return number
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -195,5 +230,5 @@ def _no_constant(name: str) -> Any:
     raise _RefusedError(f"{name} is not JSON")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_no_constant)
 _LENIENT = json.JSONDecoder()

@@ -15,6 +15,7 @@ from typing import Literal
 
 from qlora_tune import text_signs as signs
 from qlora_tune.shapes import Example
+from qlora_tune.turns import strip_end_mark
 
 Severity = Literal["error", "warning", "note"]
 
@@ -72,6 +73,7 @@ DEFECTS: dict[str, Defect] = {
     "small task": Defect("note", "too few rows to hold one out at the usual share"),
     "uneven tasks": Defect("note", "one task has more than 20 times the rows of another"),
 }
+_LOOKED_AT = 50_000  # characters of a text without spaces that are searched for repetitions
 VERY_LONG = 32_000  # characters
 
 
@@ -108,14 +110,6 @@ def last_words(text: str) -> str:
 def strip_invisible(text: str) -> str:
     """Take out characters that show nothing and mean nothing where they stand."""
     return _choose_invisible(text).sub("", text)
-
-
-def strip_end_mark(text: str) -> str:
-    """Take out a template's end-of-text mark behind a text; </s> after <s> is a struck-out passage."""
-    found = (
-        signs.TRAILING_END.search(text) if text.rstrip().endswith(("|>", "</s>", "<eos>", "_turn>", "｜>")) else None
-    )
-    return text if not found or ("</s>" in found.group() and "<s>" in text) else text[: found.start()]
 
 
 def mend_encoding(text: str) -> str:
@@ -217,12 +211,12 @@ def _find_loop(text: str) -> str:
     """Words or characters that come back at once and again, in all of a text, in its last 80 words or in one word."""
     units = signs.NUMBER_OF_ITEM.sub("", text).split()
     if len(units) < 24:
-        return _find_repeats(list(text), 12, 0.4)
+        return _find_repeats(list(text[:_LOOKED_AT]), 12, 0.4)
     longest = max(units, key=len)
     return (
         _find_repeats(units, 4, 0.4)
         or (_find_repeats(units[-80:], 4, 0.6) if len(units) > 80 else "")
-        or (_find_repeats(list(longest), 12, 0.4) if len(longest) >= 60 else "")
+        or (_find_repeats(list(longest[:_LOOKED_AT]), 12, 0.4) if len(longest) >= 60 else "")
     )
 
 

@@ -6,6 +6,7 @@ teach nothing or stand twice are dropped, everything else stays as it is and kee
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import Any
 
 from qlora_tune.check import CheckReport
 from qlora_tune.containers import read_rows
-from qlora_tune.errors import DataError
-from qlora_tune.quality import mend_encoding, strip_end_mark, strip_invisible
-from qlora_tune.row_files import open_unfinished, to_line
-from qlora_tune.shapes import NO_INPUT, DataProblem, Row, map_columns, to_examples
+from qlora_tune.quality import mend_encoding, strip_invisible
+from qlora_tune.row_files import open_unfinished, refuse_overwriting, to_line
+from qlora_tune.shape_readers import NO_INPUT
+from qlora_tune.shapes import DataProblem, Row, map_columns, to_examples
 from qlora_tune.text_signs import CONTROL
-from qlora_tune.turns import RowError
+from qlora_tune.turns import ROLES, RowError, strip_end_mark
+
+_ANSWERS = ("output", "completion", "response", "answer")
+_SAID = ("content", "value")
+_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85]")
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ def repair_files(
 
     The log stands beside the copy (NAME.log.jsonl): one object for each changed, dropped or blank line, with file,
     line, reasons and the row as it was; rows that are not in it stand in the copy as they were. `also_drop` names
-    further kinds of defects whose rows are dropped. Raises DataError rather than overwrite one of the files.
+    further kinds of defects whose rows are dropped. Raises ConfigError rather than overwrite one of the files.
     """
     log = output.with_name(output.name.removesuffix(".jsonl") + ".log.jsonl")
-    _refuse_overwriting(report, (output, log))
+    refuse_overwriting((output, log), [file.path for file in report.files])
     dropped = {place: list(reasons) for place, reasons in report.dropped.items()}
     for (kind, name), lines in report.lines.items():
         for line in lines if kind in also_drop else ():
@@ -81,8 +86,9 @@ def mend_text(text: str) -> tuple[str, list[str]]:
         visible = strip_invisible(mended)
         if len(mended) - len(visible) <= max(mended.count(" "), 1):
             mended = _step(visible, mended, "invisible characters", done)
-    mended = _step(CONTROL.sub("", mended.replace("\r\n", "\n")), mended, "control characters", done)
-    return _step(strip_end_mark(mended), mended, "end-of-text mark", done), done
+    # What once broke lines or pages parts words still.
+    parted = _BREAKS.sub("\n", mended.replace("\r\n", "\n"))
+    return _step(CONTROL.sub("", parted), mended, "control characters", done), done
 
 
 @dataclass(frozen=True)
@@ -113,14 +119,16 @@ def _repair_row(row: Row | DataProblem, reasons: list[str], columns: Mapping[str
     return _Done("repaired", fields, list(dict.fromkeys(done)))
 
 
-def _mend(value: Any, done: list[str]) -> Any:
-    """All text inside a value, keys left as they are."""
+def _mend(value: Any, done: list[str], is_answer: bool = False) -> Any:
+    """All text inside a value, keys left as they are; end-of-text marks go from answers only."""
     if isinstance(value, str):
         text, steps = mend_text(value)
+        text = _step(strip_end_mark(text), text, "end-of-text mark", steps) if is_answer else text
         done += steps
         return text
     if isinstance(value, dict):
-        return {key: _mend(inner, done) for key, inner in value.items()}
+        says = ROLES.get(str(value.get("role", value.get("from"))).lower()) == "assistant"
+        return {key: _mend(held, done, key in _ANSWERS or (says and key in _SAID)) for key, held in value.items()}
     return [_mend(inner, done) for inner in value] if isinstance(value, list) else value
 
 
@@ -128,10 +136,3 @@ def _step(after: str, before: str, name: str, done: list[str]) -> str:
     if after != before:
         done.append(name)
     return after
-
-
-def _refuse_overwriting(report: CheckReport, targets: Sequence[Path]) -> None:
-    inputs = {Path(file.path).resolve() for file in report.files}
-    for target in targets:
-        if target.resolve() in inputs:
-            raise DataError(f"{target}: is one of the files that are read. Give the repaired copy another name.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qlora_tune.errors import DataError
+from qlora_tune.errors import ConfigError, DataError
 from qlora_tune.shapes import Example
 from qlora_tune.turns import Message
 
@@ -21,8 +22,11 @@ def to_row(example: Example) -> dict[str, Any]:
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """One line of JSON; what is no JSON (a date out of a Parquet file) as text."""
-    text = json.dumps(row, ensure_ascii=False, default=str)
+    """One line of JSON; what is no JSON (a date or NaN out of a Parquet file) as text or null."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return to_line(_without_nan(row))
     try:
         text.encode()
     except UnicodeEncodeError:  # half a character: only an escape can hold it
@@ -54,6 +58,22 @@ def open_unfinished(path: Path) -> Iterator[IO[str]]:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raise ConfigError where a file that would be written is one of those that are read."""
+    read = {Path(path).resolve() for path in inputs}
+    for output in outputs:
+        if output.resolve() in read:
+            raise ConfigError(f"{output}: is one of the files that are read. Give what is written another name.")
 
 
 def _to_turn(turn: Message) -> dict[str, Any]:

@@ -28,8 +28,8 @@ Criterion = Literal["ifd", "length", "diversity"]
 # What the score of each criterion is called in the files that are written.
 SCORE_NAMES: dict[Criterion, str] = {"ifd": "ifd", "length": "answer_bytes", "diversity": "distance"}
 NO_HELP = "its prompt does not help: IFD of 1 or more"
-NO_SCORE = "could not be scored"
-NOT_CHOSEN = "others were chosen"
+NO_SCORE = "can't be scored: longer than max_length, or without a word"
+NOT_CHOSEN = "not among the best"
 LEARNED_TOKENS = 1024  # a batch has no more, unless one sequence does: each takes a vocabulary's worth of memory
 LOSS_ROWS = 256  # so many positions at once are raised to float32
 NGRAM = 4  # [characters]

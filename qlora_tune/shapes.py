@@ -12,34 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qlora_tune.turns import (
-    NOT_TEXT,
-    Message,
-    RowError,
-    check_turns,
-    read_text,
-    read_tools,
-    read_turns,
-    split_chatml,
-    split_roles,
-    type_name,
-)
+from qlora_tune.shape_readers import READERS, Shape
+from qlora_tune.turns import NOT_TEXT, Message, RowError, check_turns, has_surrogate, read_tools, strip_end_mark
 
-Shape = Literal[
-    "alpaca",
-    "dolly",
-    "self-instruct",
-    "prompt-completion",
-    "question-answer",
-    "messages",
-    "sharegpt",
-    "chatml",
-    "transcript",
-    "preference",
-    "kto",
-    "plain text",
-    "prompt only",
-]
 KNOWN_SHAPES = (
     'alpaca ("instruction", "output", maybe "input"), "prompt" with "completion", "question" with "answer", '
     '"messages" with role and content, or "conversations" with from and value'
@@ -63,10 +38,6 @@ FIELDS = (
     "text",
     "chosen",
     "rejected",
-)
-# How datasets say that an instruction has no input (Alpaca's cleaned copies list these spellings).
-NO_INPUT = re.compile(
-    r"\W*(no\s*inputs?( (is )?(needed|required|provided|necessary))?|n/?a|none|nil|null|not applicable)\W*", re.I
 )
 _SOURCE = re.compile(r"(?s)(.*):(\d+)(#\d+)?")
 
@@ -124,14 +95,6 @@ class DataProblem:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-class ShapeError(RowError):
-    """Why a row of a known shape is no pair to learn from."""
-
-    def __init__(self, reason: str, shape: Shape) -> None:
-        super().__init__(reason)
-        self.shape = shape
-
-
 def detect_format(fields: dict[str, Any]) -> Shape | None:
     """Recognise one row's shape by its fields; None when it is none that is known."""
     return _recognise(fields)[0]
@@ -165,10 +128,12 @@ def to_examples(row: Row, label: str = "") -> Conversion:
         raise RowError(f"its keys ({keys}) are no known shape; expected {KNOWN_SHAPES}, or name its columns with --map")
     _refuse_other_media(fields)
     changes: list[str] = []
-    pairs = _READERS[shape](fields, changes)
+    pairs = READERS[shape](fields, changes)
     named = (fields.get(name) for name in ("task", "category"))
     task = next((name for name in named if isinstance(name, str) and name.strip()), None)
     tools = read_tools(fields)
+    if has_surrogate(tools):
+        raise RowError('"tools" holds half a character (a lone surrogate), which is no text')
     source = f"{label or Path(row.file).name}:{row.line}"
     examples: list[Example] = []
     reasons: list[str] = []
@@ -176,7 +141,7 @@ def to_examples(row: Row, label: str = "") -> Conversion:
         try:
             if isinstance(messages, RowError):
                 raise messages
-            turns = _leave_out_last_question(messages, changes)
+            turns = _leave_out_end_marks(_leave_out_last_question(messages, changes), changes)
             check_turns(turns)
         except RowError as error:
             reasons.append(str(error) if len(pairs) == 1 else f"instance {number}: {error}")
@@ -185,6 +150,17 @@ def to_examples(row: Row, label: str = "") -> Conversion:
     if not examples:
         raise RowError("; ".join(reasons) or "holds no pair")
     return Conversion(tuple(examples), shape, (*changes, *(f"left out: {reason}" for reason in reasons)))
+
+
+def _leave_out_end_marks(messages: list[Message], changes: list[str]) -> list[Message]:
+    """Answers without the end-of-text mark of somebody's template: as text it would be learned and spelled out."""
+    kept: list[Message] = []
+    for turn in messages:
+        content = strip_end_mark(turn["content"]) if turn["role"] == "assistant" else turn["content"]
+        if content != turn["content"]:
+            changes.append(f"an end-of-text mark was left out: {turn['content'][len(content) :].strip()}")
+        kept.append({**turn, "content": content})
+    return kept
 
 
 def parse_source(source: str) -> tuple[str, int]:
@@ -242,20 +218,30 @@ def _is_text(*marks: str) -> Callable[[dict[str, Any]], bool]:
 
 def _is_kto(fields: dict[str, Any]) -> bool:
     labels = (fields.get(name) for name in ("label", "kto_tag"))
-    judged = any(isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels)
-    return judged and any(name in fields for name in ("messages", "conversations", "completion", "response", "output"))
+    judged = any(isinstance(label, bool) or str(label).strip().lower() in ("true", "false") for label in labels)
+    return judged and any(name in fields for name in _ANSWERED)
 
 
-# The conversations of a row, or for one of them why it can't be used; a reader appends what it changed.
-Readings = list[list[Message] | RowError]
-Reader = Callable[[dict[str, Any], list[str]], Readings]
-
+# Fields that hold an answer: beside a judgement true or false it must not be learned as if it were good.
+_ANSWERED = (
+    "messages",
+    "conversations",
+    "conversation",
+    "instances",
+    "text",
+    "completion",
+    "response",
+    "output",
+    "answer",
+)
 _PREFERENCES = (("chosen", "rejected"), ("response_j", "response_k"), ("preferred_output", "non_preferred_output"))
 
 # The first that fits decides. Preferences come first: their rows also hold a prompt or a conversation, and an answer
 # that people rejected must never be learned.
 _SIGNS: dict[Shape, Callable[[dict[str, Any]], bool]] = {
-    "preference": lambda fields: any(_has(*names)(fields) for names in _PREFERENCES),
+    "preference": lambda fields: (
+        any(_has(*names)(fields) for names in _PREFERENCES) or isinstance(fields.get("rejected"), str | list)
+    ),
     "kto": _is_kto,
     "sharegpt": lambda fields: (
         _turn_list("from")(fields) or ("conversations" in fields and not _turn_list("role")(fields))
@@ -286,109 +272,3 @@ def _leave_out_last_question(messages: list[Message], changes: list[str]) -> lis
     if len(kept) < len(messages) and kept:
         changes.append("a last turn without an answer was left out")
     return kept
-
-
-def _pair(fields: dict[str, Any], question: str, answer: str, changes: list[str]) -> list[Message]:
-    """One exchange from columns; "context" and "input" go behind the question, an empty line between."""
-    texts = [read_text(fields, question)]
-    for extra in ("context", "input"):
-        more = read_text(fields, extra) if fields.get(extra) is not None else ""
-        if more.strip() and NO_INPUT.fullmatch(more):
-            changes.append(f'"{extra}" says {more.strip()!r}: treated as no {extra}')
-        else:
-            texts.append(more)
-    user = Message(role="user", content="\n\n".join(text for text in texts if text.strip()))
-    return [*_system(fields), *_history(fields), user, Message(role="assistant", content=read_text(fields, answer))]
-
-
-def _history(fields: dict[str, Any]) -> list[Message]:
-    """LLaMA-Factory's earlier exchanges: a list of [question, answer]."""
-    history = fields.get("history")
-    if not isinstance(history, list):
-        return []
-    turns: list[Message] = []
-    for exchange in history:
-        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
-            raise RowError('"history" is no list of [question, answer]')
-        turns += [Message(role="user", content=exchange[0]), Message(role="assistant", content=exchange[1])]
-    return turns
-
-
-def _system(fields: dict[str, Any]) -> list[Message]:
-    system = read_text(fields, "system") if fields.get("system") is not None else ""
-    return [Message(role="system", content=system)] if system.strip() else []
-
-
-def _read_pair(question: str, *answers: str) -> Reader:
-    """A reader of one exchange: the question's column, and the answer's, the first that the row has."""
-
-    def read(fields: dict[str, Any], changes: list[str]) -> Readings:
-        return [_pair(fields, question, next(name for name in answers if name in fields), changes)]
-
-    return read
-
-
-def _read_self_instruct(fields: dict[str, Any], changes: list[str]) -> Readings:
-    instances = fields["instances"]
-    if not isinstance(instances, list) or not instances:
-        raise RowError(f'"instances" is {"empty" if instances == [] else "a " + type_name(instances)}, expected a list')
-    readings: Readings = []
-    for instance in instances:
-        try:
-            if not isinstance(instance, dict):
-                raise RowError(f"is a {type_name(instance)}, expected an object")
-            readings.append(_pair({**fields, **instance}, "instruction", "output", changes))
-        except RowError as error:
-            readings.append(error)
-    return readings
-
-
-def _read_prompt_completion(fields: dict[str, Any], changes: list[str]) -> Readings:
-    answer = "completion" if "completion" in fields else "response"
-    if isinstance(fields["prompt"], list) and isinstance(fields[answer], list):
-        return [[*_system(fields), *read_turns([*fields["prompt"], *fields[answer]], "prompt", changes)]]
-    return [_pair(fields, "prompt", answer, changes)]
-
-
-def _read_messages(fields: dict[str, Any], changes: list[str]) -> Readings:
-    name = next(name for name in ("messages", "conversations", "conversation") if name in fields)
-    turns = read_turns(fields[name], name, changes)
-    opening = _system(fields)
-    return [turns if turns and turns[0]["role"] == "system" else [*opening, *turns]]
-
-
-def _read_chatml(fields: dict[str, Any], changes: list[str]) -> Readings:
-    return [split_chatml(fields["text"])]
-
-
-def _read_transcript(fields: dict[str, Any], changes: list[str]) -> Readings:
-    return [split_roles(fields["text"])]
-
-
-def _refuse(shape: Shape, reason: str) -> Reader:
-    def refuse(fields: dict[str, Any], changes: list[str]) -> Readings:
-        raise ShapeError(reason, shape)
-
-    return refuse
-
-
-_READERS: dict[Shape, Reader] = {
-    "alpaca": _read_pair("instruction", "output"),
-    "dolly": _read_pair("instruction", "response"),
-    "self-instruct": _read_self_instruct,
-    "prompt-completion": _read_prompt_completion,
-    "question-answer": _read_pair("question", "answer", "response"),
-    "messages": _read_messages,
-    "sharegpt": _read_messages,
-    "chatml": _read_chatml,
-    "transcript": _read_transcript,
-    "preference": _refuse(
-        "preference", "is a preference pair (two answers, one preferred): kept out of instruction tuning"
-    ),
-    "kto": _refuse("kto", "is a judged answer (label true or false): kept out of instruction tuning"),
-    "plain text": _refuse(
-        "plain text",
-        "is plain text without an answer to learn: kept out. `qlora_tune pairs` makes pairs of it",
-    ),
-    "prompt only": _refuse("prompt only", "has a prompt but no answer to learn"),
-}

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from rich.markup import escape
 from rich.table import Column, Table
 
-from qlora_tune.check import CheckReport, Histogram
+from qlora_tune.check import CheckReport
 from qlora_tune.data import label_files
+from qlora_tune.lengths import Histogram
 from qlora_tune.mixture import Coverage
 from qlora_tune.quality import DEFECTS
 from qlora_tune.repair import Repair
@@ -42,15 +43,17 @@ def show_check(report: CheckReport) -> None:
         for note in file.notes:
             say(f"  {note}")
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in report.shapes.most_common())
+    unknown = report.rows_in - report.shapes.total()
     if shapes:
-        say(f"shapes: {shapes}")
+        say(f"shapes: {shapes}" + (f", {unknown:,} that are no row" if unknown else ""))
     _show_tasks(report)
     if report.lengths:
         _show_lengths(report.lengths)
     _show_defects(report)
     for note in report.notes:
         say(note)
-    totals = (f"{report.count(severity):,} {severity}s" for severity in _COLOURS)
+    counts = {severity: report.count(severity) for severity in _COLOURS}
+    totals = (f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items())
     console.print(f"[bold]{', '.join(totals)}[/]")
 
 
@@ -105,18 +108,21 @@ def _show_defects(report: CheckReport) -> None:
     if not report.counts:
         return
     table = Table("", Column("rows", justify="right"), "defect", "lines, and what was seen", box=None, padding=(0, 1))
-    labels = label_files([finding.file for found in report.findings.values() for finding in found])
+    named = [finding.file for found in report.findings.values() for finding in found]
+    labels = label_files([*(file.path for file in report.files), *named])
+    several = len(labels) > 1
     for kind, defect in DEFECTS.items():
         if kind not in report.counts:
             continue
         found = report.findings[kind]
-        shown = found[: _LINES_SHOWN if len(labels) == 1 else _LINES_SHOWN // 2]
-        places = [str(one.line) if len(labels) == 1 else f"{labels[one.file]}:{one.line}" for one in shown if one.line]
+        shown = found[: _LINES_SHOWN // 2 if several else _LINES_SHOWN]
+        places = [f"{labels[one.file]}:{one.line}" if several else str(one.line) for one in shown if one.line]
         seen = [one.detail for one in shown if one.detail]
         more = " …" if report.counts[kind] > len(shown) else ""
         lines = [escape(printable(", ".join(places))) + more] if places else []
         # What concerns a whole file has no line: then each is said; else the first stands for all.
-        lines += [f"[dim]{escape(printable(detail))[:160]}[/]" for detail in (seen[:1] if places else seen)]
+        said = (seen[:1] if places else seen) + ([] if places or not more else ["…"])
+        lines += [f"[dim]{escape(printable(detail[:240]))}[/]" for detail in said]
         severity = f"[{_COLOURS[defect.severity]}]{defect.severity}[/]"
         table.add_row(severity, f"{report.counts[kind]:,}", escape(kind), "\n".join(lines))
     console.print(table)

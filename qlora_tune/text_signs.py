@@ -8,12 +8,8 @@ _ROLE_MARK = r"(?:Human|User|Assistant|System|Instruction|Input|Output|Response)
 MARKERS = re.compile(
     r"<\|[A-Za-z_]{2,40}\|>|<｜[^<>｜\n]{1,40}｜>|<\|turn>|<turn\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<(?:bos|eos|pad|unk)>|</?tool_call>"
-    rf"|^###\s*{_ROLE_MARK}\s*(?::|$)|^USER:.*\n+ASSISTANT:|^Human:.*\n+Assistant:",
+    rf"|^###[ \t]{{0,4}}{_ROLE_MARK}[ \t]{{0,4}}(?::|$)|^USER:.*\n{{1,4}}ASSISTANT:|^Human:.*\n{{1,4}}Assistant:",
     re.M,
-)
-TRAILING_END = re.compile(
-    r"\s*(?:<\|(?:endoftext|im_end|eot_id|eot|eom_id|end_of_text|end_of_turn|end|return)\|>|</s>|<eos>|<end_of_turn>"
-    r"|<turn\|>|<｜end▁of▁sentence｜>)\s*\Z"
 )
 # Zero-width space, word joiner, byte-order mark and the like within text, and the marks that turn the writing
 # direction. Joiners (U+200C, U+200D) belong to scripts and emoji, so they are looked at between Latin letters only; a
@@ -102,14 +98,15 @@ REFUSAL = re.compile(
     re.I,
 )
 SECOND_TASK = re.compile(
-    r"^\W*(?:\d+\.\s*)?(?:\*\*)?(?:Instruction|Prompt|指令)\s*\d*\s*(?:\*\*)?\s*[:：]"
-    r"|^\s*(?:#+\s*)?\d+\.\s*(?:Input|Output)\s*:|^###+\s*(?:Input|Instruction|Task)\b",
+    r"^[^\w\n]{0,8}(?:\d{1,4}\.[ \t]{0,4})?(?:\*\*)?(?:Instruction|Prompt|指令)[ \t]{0,4}\d{0,4}[ \t]{0,4}(?:\*\*)?"
+    r"[ \t]{0,4}[:：]|^[ \t]{0,8}(?:#{1,6}[ \t]{0,4})?(?:\n[ \t]{0,4}){0,2}\d{1,4}\.[ \t]{0,4}(?:Input|Output)"
+    r"[ \t]{0,4}:|^#{3,6}[ \t]{0,4}(?:Input|Instruction|Task)\b",
     re.M | re.I,
 )
 NEXT_TURN = re.compile(
-    r"\n\W*(?:Q|Question|User|Human|Input|Task|Example)\s*\d*\s*:.*?"
-    r"\n\W*(?:A|Answer|Assistant|AI|Bot|Output|Response)\s*:"
-    r"|\n\s*\nHuman: ",
+    r"\n[^\w\n]{0,8}(?:Q|Question|User|Human|Input|Task|Example)[ \t]{0,4}\d{0,4}[ \t]{0,4}:.{0,1000}?"
+    r"\n[^\w\n]{0,8}(?:A|Answer|Assistant|AI|Bot|Output|Response)[ \t]{0,4}:"
+    r"|\n[ \t\r]{0,8}\nHuman: ",
     re.S,
 )
 ASKS_FOR_TURNS = re.compile(
@@ -118,7 +115,7 @@ ASKS_FOR_TURNS = re.compile(
     re.I,
 )
 LIST_ITEM = re.compile(r"\s*(?:[-*•–—―#|>]|\(?\w{1,3}[.):]\s)")
-NUMBER_OF_ITEM = re.compile(r"(?m)^\s*(?:\d+[.):]|[-*•])\s+")
+NUMBER_OF_ITEM = re.compile(r"(?m)^[ \t]{0,20}(?:\d{1,4}[.):]|[-*•])[ \t]+")
 # Words after which an English sentence can't end.
 DANGLING = re.compile(
     r"\b(?:an?|the|of|to|in|at|by|for|with|from|as|and|or|but|nor|if|which|whose|than|because|while|when|is|are|was|were"
@@ -126,10 +123,10 @@ DANGLING = re.compile(
     r"|she|we),?$",
     re.I,
 )
-BARE_ITEM = re.compile(r"\n\s*(?:[-*•]|\d+[.)])\Z")  # a list goes on, but with nothing
+BARE_ITEM = re.compile(r"\n[ \t]{0,20}(?:[-*•]|\d{1,4}[.)])\Z")  # a list goes on, but with nothing
 STOPPED = re.compile(r"[.!?…。！？:;][\"'”’)\]*_`]*$")
-EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
-NUMBER = re.compile(r"[+(\d][\d ()./-]{6,}\d")
+EMAIL = re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b")
+NUMBER = re.compile(r"[+(\d][\d ()./-]{6,30}\d")
 PHONE = re.compile(
     r"(?<![\w.,/-])(?:(?:\+\d{1,3}|1)[ .-]?)?(?:\(\d{2,4}\)[ .-]?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"
     r"|(?<!\w)\+\d{1,3}[ .-]?(?:\(?\d{1,5}\)?[ .-]?){2,5}\d{2}\b|(?<![\w.,/-])0\d(?:[ .]\d\d){4}(?![\w-])"

@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any, NotRequired, TypedDict
 
+from qlora_tune.json_stream import decode_row
+
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -33,6 +35,11 @@ NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos", "pixel_valu
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _ASKING = ("human", "user", "instruction", "input")
 _ANSWERING = ("assistant", "response")
+# How templates write the end of a turn or text.
+_TRAILING_END = re.compile(
+    r"(?:<\|(?:endoftext|im_end|eot_id|eot|eom_id|end_of_text|end_of_turn|end|return)\|>|</s>|<eos>|<end_of_turn>"
+    r"|<turn\|>|<｜end▁of▁sentence｜>)\s*\Z"
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -57,16 +64,24 @@ class Message(TypedDict):
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls a value's type."""
-    names = {list: "list", dict: "object", bool: "true/false value", int: "number", float: "number", str: "text"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+    """What JSON calls a value's type, as one says what something is: "a list", "null"."""
+    names = {list: "a list", dict: "an object", bool: "a true/false value", str: "text"}
+    names |= dict.fromkeys((int, float), "a number")
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+
+
+def strip_end_mark(text: str) -> str:
+    """Take out a template's end-of-text mark behind a text; </s> after <s> is a struck-out passage."""
+    marked = text.rstrip().endswith(("|>", "</s>", "<eos>", "_turn>", "｜>"))
+    found = _TRAILING_END.search(text) if marked else None
+    return text if not found or ("</s>" in found.group() and "<s>" in text) else text[: found.start()].rstrip()
 
 
 def read_text(fields: dict[str, Any], key: str, what: str = "") -> str:
     """A field that must be text. Raises RowError with what it is instead."""
     value = fields.get(key)
     if not isinstance(value, str):
-        raise RowError(f'{what}"{key}" is a {type_name(value)}, expected text')
+        raise RowError(f'{what}"{key}" is {type_name(value)}, expected text')
     return value
 
 
@@ -75,7 +90,7 @@ def read_turns(value: Any, key: str, changes: list[str]) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _from_json(value, f'"{key}"')  # as in a CSV file, whose cells are text
     if not isinstance(value, list) or not value:
-        raise RowError(f'"{key}" is {"empty" if value == [] else "a " + type_name(value)}, expected a list of turns')
+        raise RowError(f'"{key}" is {"empty" if value == [] else type_name(value)}, expected a list of turns')
     return [_read_turn(turn, f"turn {number}", changes) for number, turn in enumerate(value, start=1)]
 
 
@@ -161,6 +176,11 @@ def check_turns(messages: list[Message]) -> None:
         raise RowError("every answer has weight 0: nothing to learn from")
 
 
+def has_surrogate(value: Any) -> bool:
+    """Whether half a character stands in any text of a JSON value."""
+    return bool(value) and bool(_SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str)))
+
+
 def _following(previous: str, called: bool) -> tuple[str, ...]:
     if previous == "assistant":
         return ("tool",) if called else ("user",)
@@ -171,7 +191,7 @@ def _following(previous: str, called: bool) -> tuple[str, ...]:
 
 def _read_turn(turn: Any, what: str, changes: list[str]) -> Message:
     if not isinstance(turn, dict):
-        raise RowError(f"{what} is a {type_name(turn)}, expected an object")
+        raise RowError(f"{what} is {type_name(turn)}, expected an object")
     named, held = ("from", "value") if "from" in turn else ("role", "content")
     name = read_text(turn, named, f"{what}: ")
     role = _role(name, what)
@@ -209,7 +229,7 @@ def _read_content(turn: dict[str, Any], key: str, what: str) -> str:
         if isinstance(part, str):
             pieces.append(part)
             continue
-        kind = part.get("type", "text") if isinstance(part, dict) else type_name(part)
+        kind = part.get("type", "text") if isinstance(part, dict) else type_name(part).split()[-1]
         if kind not in ("text", "input_text", "output_text"):
             raise RowError(f'{what} holds a part of type "{kind}", which is not text; only text can be trained on')
         pieces.append(read_text(part, "value" if "value" in part and "text" not in part else "text", f"{what}: "))
@@ -232,15 +252,17 @@ def _calls_of(value: Any, what: str) -> list[ToolCall]:
             arguments = _from_json(arguments or "{}", f"{what}: the arguments of {function['name']}")
         if not isinstance(arguments, dict):
             raise RowError(
-                f"{what}: the arguments of {function['name']} are a {type_name(arguments)}, expected an object"
+                f"{what}: the arguments of {function['name']} are {type_name(arguments)}, expected an object"
             )
+        # Parquet brings dates and the like; a template writes JSON.
+        arguments = json.loads(json.dumps(arguments, default=str))
         calls.append(ToolCall(name=function["name"], arguments=arguments))
     return calls
 
 
 def _from_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return decode_row(text)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not readable"
         raise RowError(f"{what} is no valid JSON: {reason}") from None
@@ -252,7 +274,7 @@ def _read_weight(turn: dict[str, Any], message: Message, what: str, changes: lis
     if name is None:
         return
     if turn[name] not in (0, 1):
-        raise RowError(f'{what}: "{name}" is {json.dumps(turn[name])[:40]}, expected 0 or 1')
+        raise RowError(f'{what}: "{name}" is {json.dumps(turn[name], default=str)[:40]}, expected 0 or 1')
     if message["role"] != "assistant":
         if turn[name]:
             changes.append(f'{what}: "{name}" 1 on the {message["role"]}\'s turn is not used; only answers are learned')

@@ -16,7 +16,7 @@ from qlora_tune.check import CheckReport, check_files
 from qlora_tune.check_page import write_check_page
 from qlora_tune.cli import main
 from qlora_tune.containers import read_rows
-from qlora_tune.errors import DataError
+from qlora_tune.errors import ConfigError, DataError
 from qlora_tune.quality import DEFECTS
 from qlora_tune.repair import repair_files
 from qlora_tune.shapes import DataProblem
@@ -67,8 +67,8 @@ MESSY: list[Any] = [
 def test_the_figures_of_the_report_add_up(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", *MESSY)
     report = check_files([path])
-    assert (report.rows_in, report.kept, report.rejected) == (9, 6, 3)
-    assert lines_of(report, "unreadable row") == [3, 7, 10]
+    assert (report.rows_in, report.kept, report.rejected) == (9, 5, 4)
+    assert lines_of(report, "unreadable row") == [3, 7, 9, 10]
     assert lines_of(report, "blank line") == [5]
     assert lines_of(report, "exact duplicate") == [6]
     assert lines_of(report, "no input") == [2]
@@ -264,10 +264,10 @@ def test_a_drop_that_can_not_be_done_is_refused(
 def test_a_repair_refuses_to_overwrite_its_input(tmp_path: Path, name: str) -> None:
     path = write_lines(tmp_path / "d.jsonl", GOOD)
     (tmp_path / "sub").mkdir()
-    with pytest.raises(DataError, match="Give the repaired copy another name"):
+    with pytest.raises(ConfigError, match="Give what is written another name"):
         repair_files(check_files([path]), tmp_path / name)
     log = write_lines(tmp_path / "e.log.jsonl", GOOD)
-    with pytest.raises(DataError, match="another name"):
+    with pytest.raises(ConfigError, match="another name"):
         repair_files(check_files([log]), tmp_path / "e.jsonl")
     assert path.read_text() == log.read_text() == json.dumps(GOOD) + "\n"
 

@@ -109,19 +109,18 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 
 
 def stands_in(row: Row, path: Path) -> bool:
-    """Whether an independent reader finds the same row, value for value and type for type, on the same line."""
+    """Whether an independent reader finds the same row, value for value and type for type."""
     content = path.read_bytes()
     content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else json.detect_encoding(content[:4])
     if path.suffix in (".csv", ".tsv"):
         return all(isinstance(cell, str) for cell in row.fields.values()) and in_text(row, content)
     text = content.decode(encoding, errors="surrogateescape").removeprefix("\ufeff")
-    tail = text.split("\n", row.line - 1)[-1] if row.line > 1 else text
     decoder = json.JSONDecoder(object_pairs_hook=once)
-    starts = [index for index, character in enumerate(tail.split("\n", 1)[0]) if character == "{"]
+    starts = [index for index, character in enumerate(text) if character == "{"]
     for start in starts:
         try:
-            value = decoder.raw_decode(tail, start)[0]
+            value = decoder.raw_decode(text, start)[0]
         except (ValueError, RecursionError):
             continue
         if json.dumps(value) == json.dumps(row.fields):

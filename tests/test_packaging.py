@@ -82,13 +82,13 @@ def test_the_recipes_in_the_page_on_data_can_be_used(tmp_path: Path) -> None:
     names = ("recipe.toml", "templates.toml", "pairs.toml")
     for name, block in zip(names, blocks, strict=True):
         (tmp_path / name).write_text(block)
-    rows = [{"prompt": f"review {n}", "completion": "good", "task": "sentiment"} for n in range(5)]
+    rows = [{"prompt": f"review {n}", "completion": "so good", "task": "irony"} for n in range(5)]
     (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
     notes = "".join(f"said {number} times,note {number},plan\n" for number in range(20))
     (tmp_path / "notes.csv").write_text("dialogue,section_text,section_header\n" + notes)
     mixed = mixture.mix_examples(mixture.load_recipe(tmp_path / "recipe.toml"))
     assert {example.task for example in mixed.train} == {"plan"}
-    assert {example.task for example in mixed.unseen} == {"sentiment"}
+    assert {example.task for example in mixed.unseen} == {"irony"}
     assert [task.name for task in documents.load_recipe(tmp_path / "pairs.toml").task] == ["title"]
 
 

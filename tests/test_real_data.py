@@ -46,7 +46,7 @@ REFUSED = {
     "eval/mt_bench_reference_gpt4.jsonl": "are no known shape",
     "flan/cot_aqua.tsv": '"column_1", "column_2", "column_3"',
     "flan/flan_collection_info.csv": "are no known shape",
-    "planted/containers/truncated.jsonl.gz": "cut off after line 32",
+    "planted/containers/truncated.jsonl.gz": "damaged or cut off",
     "planted/leak_a.key.jsonl": "are no known shape",
     "preference/dpo_en_demo.json": "preference pair",
     "preference/kto_en_demo.json": "judged answer",

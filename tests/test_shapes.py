@@ -10,7 +10,8 @@ import pytest
 
 from qlora_tune.data import DataReport, convert_rows, parse_columns
 from qlora_tune.errors import ConfigError
-from qlora_tune.shapes import Conversion, Row, Shape, ShapeError, detect_format, map_columns, to_examples
+from qlora_tune.shape_readers import Shape, ShapeError
+from qlora_tune.shapes import Conversion, Row, detect_format, map_columns, to_examples
 from qlora_tune.turns import RowError
 
 U, A = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
@@ -144,15 +145,15 @@ def test_every_shape_has_its_case_here() -> None:
         ({}, "its keys (none) are no known shape"),
         ({"id": 1, "data": {"text": "t"}, "annotations": []}, '("id", "data", "annotations") are no known shape'),
         ({str(n): n for n in range(10)}, '"7" and 2 more) are no known shape; expected alpaca'),
-        ({**GOOD, "output": None}, '"output" is a null, expected text'),
-        ({"messages": None}, '"messages" is a null, expected a list of turns'),
+        ({**GOOD, "output": None}, '"output" is null, expected text'),
+        ({"messages": None}, '"messages" is null, expected a list of turns'),
         ({"messages": "[{'role': 'user'}]"}, '"messages" is no valid JSON'),
-        ({"messages": "hello"}, '"messages" is a text, expected a list of turns'),
+        ({"messages": "hello"}, '"messages" is text, expected a list of turns'),
         ({**GOOD, "history": [["q"]]}, '"history" is no list of [question, answer]'),
         ({**GOOD, "history": ["q"]}, '"history" is no list of [question, answer]'),
         ({**GOOD, "history": [["q", ""]]}, "turn 2 (assistant) is empty"),
         ({"instruction": "u", "instances": []}, '"instances" is empty, expected a list'),
-        ({"instruction": "u", "instances": "x"}, '"instances" is a text, expected a list'),
+        ({"instruction": "u", "instances": "x"}, '"instances" is text, expected a list'),
         ({"instruction": "u", "instances": [{"output": 1}]}, '"output" is a number, expected text'),
         (
             {"instruction": "u", "instances": [5, {"output": ""}]},
@@ -163,9 +164,9 @@ def test_every_shape_has_its_case_here() -> None:
         ({"messages": [{**U, "images": ["a.png"]}, A]}, 'turn 1 holds "images", which is not text'),
         ({"messages": [U, {**A, "audio": {"id": "x"}}]}, 'turn 2 holds "audio", which is not text'),
         ({"messages": [{**U, "content": [{"type": "image_url", "image_url": {}}]}, A]}, 'a part of type "image_url"'),
-        ({"messages": [{**U, "content": [{"type": "text", "text": None}]}, A]}, 'turn 1: "text" is a null'),
+        ({"messages": [{**U, "content": [{"type": "text", "text": None}]}, A]}, 'turn 1: "text" is null'),
         ({"messages": [{**U, "content": [3]}, A]}, 'a part of type "number"'),
-        ({"messages": [U, "a"]}, "turn 2 is a text, expected an object"),
+        ({"messages": [U, "a"]}, "turn 2 is text, expected an object"),
         ({"messages": [U, U, A]}, "turn 2 is the user's, expected the assistant's"),
         ({"messages": [U, A, {"role": "system", "content": "S"}, U, A]}, "turn 3 is a system turn; only the first"),
         ({"messages": [U, {**A, "weight": 0}]}, "every answer has weight 0"),
@@ -221,10 +222,10 @@ def test_text_that_only_resembles_them_stays(text: str) -> None:
     ("bad", "why"),
     [
         ({"input": "x", "output": " "}, "turn 2 (assistant) is empty"),
-        ({"input": "x", "output": None}, '"output" is a null, expected text'),
-        ({"input": "x"}, '"output" is a null, expected text'),
+        ({"input": "x", "output": None}, '"output" is null, expected text'),
+        ({"input": "x"}, '"output" is null, expected text'),
         ({"input": 5, "output": "y"}, '"input" is a number, expected text'),
-        ("y", "is a text, expected an object"),
+        ("y", "is text, expected an object"),
     ],
 )
 def test_one_bad_instance_costs_only_itself(bad: Any, why: str) -> None:
