@@ -15,6 +15,7 @@ from qlora_tune.config import TrainConfig, resolve_config, shipped_path
 from qlora_tune.errors import MAX_LISTED, ConfigError, DataError, join_problems
 from qlora_tune.flags import AnySettings, given_flags
 from qlora_tune.quality import DEFECTS
+from qlora_tune.row_files import refuse_overwriting
 from qlora_tune.shapes import KNOWN_SHAPES
 from qlora_tune.terminal import say
 
@@ -54,6 +55,7 @@ def check(
     config = _settings(settings)
     columns, also_drop = parse_columns(config.map), _kinds(drop or [], fix)
     paths = [*files, *config.data] or [str(shipped_path("sample.jsonl"))]
+    refuse_overwriting(filter(None, (json_report, html_report, fix)), [*paths, *config.heldout_data])
     say(f"reading {', '.join(paths)}")
     if tokens:
         say(f"tokens of base {config.model_name_or_path}; max_length {config.max_length} (preset {config.preset})")
@@ -122,10 +124,11 @@ def select(
 ) -> None:
     """Choose the best rows of FILES for training; the others are written beside them, with score and reason."""
     from qlora_tune.data import find_data, load_examples, parse_columns
-    from qlora_tune.selection import select_examples, write_selection
+    from qlora_tune.selection import name_left_out, select_examples, write_selection
 
     config = _settings(settings)
     paths = [*files, *config.data] or [str(shipped_path("sample.jsonl"))]
+    refuse_overwriting((output, name_left_out(output)), paths)
     examples, report = load_examples(find_data(paths), None, parse_columns(config.map), config.encoding)
     terminal.show_report(report)
     scores = _score_difficulty(config, examples, run) if by == "ifd" else None
@@ -159,6 +162,7 @@ def pairs(
         raise ConfigError("Name the documents to make pairs of: .txt, .md or .csv files.")
     if bool(endpoint) != bool(model) or (endpoint and recipe):
         raise ConfigError("Give --endpoint URL together with --model NAME, or --recipe TOML, or neither.")
+    refuse_overwriting([output], [*documents, *([seeds] if seeds else []), *([recipe] if recipe else [])])
     if endpoint and model:
         _ask_for_pairs(documents, output, endpoint, model, api_key_env, rows, seeds, seed)
         return

@@ -172,12 +172,17 @@ def select_examples(
     )
 
 
+def name_left_out(path: Path) -> Path:
+    """Where the examples that were not chosen are written, beside those that were."""
+    return path.with_name(f"{path.stem}_left_out.jsonl")
+
+
 def write_selection(selection: Selection, examples: Sequence[Example], path: Path) -> Path:
     """Write the chosen examples as JSON Lines, and all others beside them with the reason. Returns the latter's path.
 
     Both are written whole or not at all. Raises DataError where that fails.
     """
-    others = path.with_name(f"{path.stem}_left_out.jsonl")
+    others = name_left_out(path)
     rest = ({**_to_row(selection, examples, out.index), "reason": out.reason} for out in selection.left_out)
     write_rows({others: rest, path: (_to_row(selection, examples, index) for index in selection.kept)})
     return others

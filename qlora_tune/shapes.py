@@ -217,7 +217,7 @@ def _is_text(*marks: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def _is_kto(fields: dict[str, Any]) -> bool:
-    labels = (fields.get(name) for name in ("label", "kto_tag"))
+    labels = (value for name, value in fields.items() if str(name).lower() in ("label", "kto_tag"))
     judged = any(isinstance(label, bool) or str(label).strip().lower() in ("true", "false") for label in labels)
     return judged and any(name in fields for name in _ANSWERED)
 

@@ -35,10 +35,10 @@ class _Console(Console):
 
 console = _Console(highlight=False, emoji=False)
 errors = Console(highlight=False, emoji=False, stderr=True)
-# Control characters in data or answers could move the cursor, clear the screen or rename the window: shown as
-# their pictures instead.
+# Control characters in data or answers could move the cursor, clear the screen, rename the window or turn the writing
+# direction: shown as their pictures instead.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 _ACTIONS = {"rejected": "red", "changed": "yellow", "skipped": "dim"}
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"

@@ -77,6 +77,10 @@ def show_coverage(name: str, coverage: Iterable[Coverage]) -> None:
     console.print(table)
 
 
+def _one_line(name: str) -> str:
+    return " ".join(printable(name).split())
+
+
 def _figure(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1%}" if value <= 1 else f"{value:,.1f}"
@@ -87,7 +91,7 @@ def _show_tasks(report: CheckReport) -> None:
     tasks = [(task, count) for task, count in report.tasks.most_common() if task != "(none)"]
     if not tasks:
         return
-    shown = ", ".join(f"{printable(task)} {count:,}" for task, count in tasks[:_TASKS_SHOWN])
+    shown = ", ".join(f"{_one_line(task)} {count:,}" for task, count in tasks[:_TASKS_SHOWN])
     more = f" and {len(tasks) - _TASKS_SHOWN} more" if len(tasks) > _TASKS_SHOWN else ""
     say(f"{len(tasks)} tasks: {shown}{more}")
 
