@@ -24,7 +24,7 @@ from qlora_tune.quality import DEFECTS, ends_in_prose, find_defects, last_words
 from qlora_tune.shapes import FIELDS, Example, Row, parse_source
 
 LISTED = 1000  # findings of one kind that are kept with their line; beyond it only counted
-NEAR_ROWS = 200_000  # rows from which near duplicates are searched only when asked for: 64 bytes a row and more
+NEAR_ROWS = 100_000  # rows up to which near duplicates are searched unasked: about 3 kB each
 _READ_KEYS = {
     *FIELDS,
     "category",
@@ -140,7 +140,7 @@ def check_files(
     """Examine files, and whether the rows of `heldout` files also stand in them.
 
     `measure` counts an example's tokens, for a base's max_length; without it lengths are in characters. `near` says
-    whether near duplicates are searched; None: up to 200,000 rows. A file that can't be read is reported, the others
+    whether near duplicates are searched; None: up to 100,000 rows. A file that can't be read is reported, the others
     go on. Raises DataError where held-out rows can't be read.
     """
     check = _Check(CheckReport(), columns, encoding, measure, max_length)
