@@ -267,11 +267,10 @@ class TrainProgress:
             f"{entry['memory_bytes'] / 2**30:.1f} GiB  {left} left"
         )
         step, total = entry["step"], entry["total_steps"]
-        self._heldout = "" if not console.is_terminal else self._heldout  # a line says what was measured at its step
         if console.is_terminal:
             self._progress.update(self._task, description="train", total=total, completed=step, figures=figures)
         elif step == total or step / total - self._printed >= 0.1:
-            self._printed = step / total
+            self._printed, self._heldout = step / total, ""  # each held-out loss is printed once
             console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
 
 
