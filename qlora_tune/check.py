@@ -21,7 +21,7 @@ from qlora_tune.duplicates import Copies, DuplicateFinder, LeakFinder
 from qlora_tune.errors import DataError
 from qlora_tune.lengths import Histogram, count_lengths
 from qlora_tune.quality import DEFECTS, ends_in_prose, find_defects, last_words
-from qlora_tune.shapes import FIELDS, Example, Row, parse_source
+from qlora_tune.shapes import FIELDS, NO_TASK, Example, Row, parse_source
 
 LISTED = 1000  # findings of one kind that are kept with their line; beyond it only counted
 NEAR_ROWS = 100_000  # rows up to which near duplicates are searched unasked: about 3 kB each
@@ -348,7 +348,7 @@ class _Check:
             self.report.files[-1].notes.append(f"columns that are not read: {', '.join(always)}")
 
     def _note_tasks(self, heldout_share: float) -> None:
-        tasks = {task: count for task, count in self.report.tasks.items() if task != "(none)"}
+        tasks = {task: count for task, count in self.report.tasks.items() if task != NO_TASK}
         if len(tasks) < 2 or not self.report.files:
             return
         file, needed = self.report.files[0].path, math.ceil(1 / heldout_share) if heldout_share else 2

@@ -213,7 +213,7 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
     from qlora_tune import model as models
     from qlora_tune.base import find_base
     from qlora_tune.export import open_adapter
-    from qlora_tune.prepare import quantization_of
+    from qlora_tune.prepare import precision_of, quantization_of
     from qlora_tune.runs import open_run
     from qlora_tune.selection import score_ifd
 
@@ -222,9 +222,8 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
         model, chat = trained.load(), trained.chat
     else:
         base, device = find_base(config.model_name_or_path, config.model_revision), models.detect_device()
-        precision = device.precision if config.dtype == "auto" else config.dtype
         chat = models.load_tokenizer(base.path, config.chat_template)[1]
-        model = models.load_base(base, device, precision, quantization_of(config))
+        model = models.load_base(base, device, precision_of(config, device), quantization_of(config))
         say("scored by the bare base: one that does not know the chat template tells little. --run takes a tuned one")
     with terminal.scoring_progress() as progress:
         found = score_ifd(

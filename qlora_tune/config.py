@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -209,7 +209,7 @@ def load_preset(name: str) -> Preset:
     path = Path(name) if name.endswith(".toml") else shipped_path("presets") / f"{name}.toml"
     if not path.is_file():
         known = [preset.name for preset in list_presets()]
-        raise ConfigError(f'Unknown preset "{name}".{_suggest(name, known)} Presets: {", ".join(known)}.')
+        raise ConfigError(f'Unknown preset "{name}".{suggest(name, known)} Presets: {", ".join(known)}.')
     content = read_toml(path)
     missing = [key for key in ("description", "device", "min_memory_gb", "settings") if key not in content]
     if missing:
@@ -315,7 +315,7 @@ def validate_settings(values: Mapping[str, Any], origin: str) -> TrainConfig:
 
 def _validate(values: dict[str, Any], origins: dict[str, str]) -> TrainConfig:
     known = list(TrainConfig.model_fields)
-    problems = [f"{key} ({origins[key]}): no such setting.{_suggest(key, known)}" for key in values if key not in known]
+    problems = [f"{key} ({origins[key]}): no such setting.{suggest(key, known)}" for key in values if key not in known]
     # TOML and flags have no null: the word none stands for it where a setting may be absent.
     clean = {k: None if v == "none" and k != "preset" else v for k, v in values.items() if k in known}
     try:
@@ -336,6 +336,7 @@ def _explain(item: dict[str, Any], origins: dict[str, str]) -> str:
     return f"{name} = {item['input']!r} ({origins.get(name, 'default')}): {message}. {about}"
 
 
-def _suggest(word: str, known: list[str]) -> str:
+def suggest(word: str, known: Collection[str]) -> str:
+    """Name the closest of the known words, if one is close."""
     close = difflib.get_close_matches(word, known, n=1)
     return f' Did you mean "{close[0]}"?' if close else ""

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_tune.containers import SUFFIXES, list_files, read_rows
-from qlora_tune.duplicates import find_near, find_related, sketch
+from qlora_tune.duplicates import find_near, find_related, join_pairs, sketch
 from qlora_tune.errors import ConfigError, DataError, join_problems
 from qlora_tune.hub import fetch_dataset, is_dataset_id
 from qlora_tune.shape_readers import ShapeError
 from qlora_tune.shapes import (
     FIELDS,
     KNOWN_SHAPES,
+    NO_TASK,
     Conversion,
     DataProblem,
     Example,
@@ -160,7 +161,7 @@ def convert_rows(
             continue
         original = row
         try:
-            row = row._replace(fields=map_columns(row.fields, dict(columns))) if columns else row
+            row = row._replace(fields=map_columns(row.fields, columns)) if columns else row
             conversion = to_examples(row, label)
         except RowError as error:
             shape = error.shape if isinstance(error, ShapeError) else detect_format(row.fields)
@@ -170,7 +171,7 @@ def convert_rows(
             )
             continue
         report.shapes[conversion.shape] += 1
-        report.tasks[conversion.examples[0].task or "(none)"] += 1
+        report.tasks[conversion.examples[0].task or NO_TASK] += 1
         yield original, conversion
 
 
@@ -225,20 +226,11 @@ def _group_copies(examples: Sequence[Example]) -> dict[str, list[int]]:
         groups.setdefault(duplicate_key(example), []).append(index)
     keys = list(groups)
     group_of = {index: number for number, members in enumerate(groups.values()) for index in members}
-    leader = list(range(len(keys)))
-
-    def lead(row: int) -> int:
-        while leader[row] != row:
-            row = leader[row]
-        return row
-
     near = ((row, earlier) for row, earlier, _ in find_near([sketch(example) for example in examples], best=False))
-    for pair in (*near, *find_related(examples)):
-        one, other = sorted(lead(group_of[row]) for row in pair)
-        leader[other] = one
-    for row, key in enumerate(keys):
-        if lead(row) != row:
-            groups[keys[lead(row)]] += groups.pop(key)
+    pairs = ((group_of[row], group_of[earlier]) for row, earlier in (*near, *find_related(examples)))
+    for number, first in join_pairs(pairs).items():
+        if number != first:
+            groups[keys[first]] += groups.pop(keys[number])
     return groups
 
 

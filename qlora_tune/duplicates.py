@@ -41,12 +41,12 @@ def exact_key(example: Example) -> int:
 
 def loose_key(example: Example) -> int:
     """A digest of the conversation without case, spacing and punctuation."""
-    return _digest("\n".join(f"{turn['role']} {plain_text(turn['content'])}" for turn in _spoken(example)))
+    return _digest("\n".join(_plain_turns(example)))
 
 
 def prompt_key(example: Example) -> int:
     """A digest of what stands before the last answer, without case, spacing and punctuation."""
-    return _digest("\n".join(f"{turn['role']} {plain_text(turn['content'])}" for turn in _spoken(example)[:-1]))
+    return _digest("\n".join(_plain_turns(example)[:-1]))
 
 
 def plain_text(text: str) -> str:
@@ -85,21 +85,26 @@ class Copies:
         edges = [(row, first, "exact duplicate") for row, first in self.exact.items()]
         edges += [(row, first, "duplicate but for case or spacing") for row, first in self.loose.items()]
         edges += [(row, first, "near duplicate") for row, (first, _) in self.near.items()]
-        leader: dict[int, int] = {}
-
-        def lead(row: int) -> int:
-            while leader.setdefault(row, row) != row:
-                row = leader[row]
-            return row
-
-        for row, first, _ in edges:
-            one, other = sorted((lead(row), lead(first)))
-            leader[other] = one
         members: dict[int, list[int]] = defaultdict(list)
-        for row in sorted(leader):
-            members[lead(row)].append(row)
+        for row, first in join_pairs((row, first) for row, first, _ in edges).items():
+            members[first].append(row)
         kinds = {row: kind for row, _, kind in edges}
         return [(rows, {row: kinds[row] for row in rows if row in kinds}) for rows in members.values()]
+
+
+def join_pairs(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Which numbers the pairs bring together: for each, in order, the first of its group."""
+    leader: dict[int, int] = {}
+
+    def lead(number: int) -> int:
+        while leader.setdefault(number, number) != number:
+            number = leader[number]
+        return number
+
+    for pair in pairs:
+        one, other = sorted(map(lead, pair))
+        leader[other] = one
+    return {number: lead(number) for number in sorted(leader)}
 
 
 class DuplicateFinder:
@@ -116,8 +121,9 @@ class DuplicateFinder:
     def add(self, example: Example) -> None:
         """Take in one more row."""
         self._exact.append(exact_key(example))
-        self._loose.append(loose_key(example))
-        self._prompt.append(prompt_key(example))
+        turns = _plain_turns(example)
+        self._loose.append(_digest("\n".join(turns)))
+        self._prompt.append(_digest("\n".join(turns[:-1])))
         if self._near and self._limit is not None and len(self) > self._limit:
             self._near, self._sketches = False, []
         if self._near:
@@ -245,11 +251,13 @@ def _judge_pair(
     if not telling or not shared:
         return None
     share = shared / min(telling, max(others, 1))
+    if share < 0.5:
+        return None
     answers = jaccard(shingles(one.answer), shingles(other.answer))
     same_input = _share_input(one, other)
     if share >= SIMILAR and (same_input or answers >= 0.5 or not _has_parts(one)):
         return "near copy" if answers >= 0.5 else "same passage"
-    if shared >= _PASSAGE and share >= 0.5 and (same_input or answers >= SIMILAR or not _has_parts(one)):
+    if shared >= _PASSAGE and (same_input or answers >= SIMILAR or not _has_parts(one)):
         return "same passage"
     # An equal last part is no passage where it is a question that many rows end in: then little of the rest is shared.
     return "same passage" if same_input and share > 0.5 and len(_last_part(one).split()) >= _PASSAGE else None
@@ -295,7 +303,7 @@ class Sketch(NamedTuple):
 
 
 def sketch(example: Example) -> Sketch:
-    """Hash an example for the search of near copies: 4 bytes a shingle or word, sorted."""
+    """Hash an example for the search of near copies: 8 bytes a shingle or word, sorted."""
     last = _last_part(example)
     words = (_WORD.findall(text.casefold()) for text in (last, example.answer))
     whole = _hash(shingles(f"{example.prompt}\n{example.answer}"))
@@ -370,17 +378,13 @@ def _digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _spoken(example: Example) -> list[dict[str, str]]:
-    """The turns with calls spelled out, so that two calls of different functions are not alike."""
-    return [
-        {
-            "role": turn["role"],
-            "content": f"{turn['content']} {json.dumps(turn['tool_calls'], default=str)}"
-            if turn.get("tool_calls")
-            else turn["content"],
-        }
-        for turn in example.messages
-    ]
+def _plain_turns(example: Example) -> list[str]:
+    """Who says what, as plain_text, a turn each; with the calls, so that those of different functions are not alike."""
+    said = []
+    for turn in example.messages:
+        calls = f" {json.dumps(turn['tool_calls'], default=str)}" if turn.get("tool_calls") else ""
+        said.append(f"{turn['role']} {plain_text(turn['content'] + calls)}")
+    return said
 
 
 def _has_spaces(text: str) -> bool:

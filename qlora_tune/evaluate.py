@@ -12,7 +12,7 @@ from typing import Any
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.generate import decode_answer, generate_answers
 from qlora_tune.runs import Run, write_json
-from qlora_tune.shapes import Example
+from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
 
 
@@ -96,7 +96,7 @@ def compare(
     tuned = answer("tuned")
     return Comparison(
         [
-            Answered(example.source, example.task or "(none)", prompt, reference, before, after)
+            Answered(example.source, example.task or NO_TASK, prompt, reference, before, after)
             for example, prompt, reference, before, after in zip(chosen, prompts, references, base, tuned, strict=True)
         ]
     )

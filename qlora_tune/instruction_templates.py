@@ -6,7 +6,6 @@ tokenize -> train. What stands in a row is only ever put in, never read as a tem
 
 from __future__ import annotations
 
-import difflib
 import random
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_tune.config import read_toml
+from qlora_tune.config import read_toml, suggest
 from qlora_tune.containers import read_rows
 from qlora_tune.data import duplicate_key
 from qlora_tune.errors import ConfigError, join_problems
@@ -99,12 +98,6 @@ def parse_tables(model: type[_Tables], content: Mapping[str, Any], path: Path) -
     except ValidationError as error:
         problems = [_explain(dict(item), model) for item in error.errors()]
     raise ConfigError(join_problems(f"{path}: this can't be used:", problems))
-
-
-def suggest(word: str, known: Collection[str]) -> str:
-    """Name the closest of the known words, if one is close."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def expand_templates(

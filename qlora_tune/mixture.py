@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qlora_tune.config import read_toml
+from qlora_tune.config import read_toml, suggest
 from qlora_tune.containers import list_files
 from qlora_tune.data import DataReport, drop_seen, duplicate_key, label_files, load_examples, split_heldout
 from qlora_tune.errors import ConfigError, DataError, join_problems
@@ -28,12 +28,9 @@ from qlora_tune.instruction_templates import (
     expand_templates,
     load_templates,
     parse_tables,
-    suggest,
 )
 from qlora_tune.row_files import to_row, write_rows
-from qlora_tune.shapes import FIELDS, DataProblem, Example, parse_source
-
-NO_TASK = "(none)"
+from qlora_tune.shapes import FIELDS, NO_TASK, DataProblem, Example, parse_source
 
 
 class Source(BaseModel):

@@ -78,7 +78,7 @@ def prepare(config: TrainConfig) -> Setup:
     base = find_base(config.model_name_or_path, config.model_revision)
     _refuse_longer_than_context(config.max_length, base)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
-    precision = device.precision if config.dtype == "auto" else config.dtype
+    precision = precision_of(config, device)
     if precision == "float16" and device.kind == "cpu":
         raise ModelError("dtype float16 does not train on a CPU. Use auto, bfloat16 or float32.")
     return Setup(device, precision, base, tokenizer, chat, prepare_data(config, chat))
@@ -108,11 +108,12 @@ def _refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
 
 def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
-    _refuse_twice(data_files(config))
-    labels = rows.label_files(data_files(config))
-    examples, report = load_files(config, training_files(config), labels)
-    if heldout_files(config):
-        candidates, more = load_files(config, heldout_files(config), labels)
+    training, held_out = training_files(config), heldout_files(config)
+    _refuse_twice([*training, *held_out])
+    labels = rows.label_files([*training, *held_out])
+    examples, report = load_files(config, training, labels)
+    if held_out:
+        candidates, more = load_files(config, held_out, labels)
         report.add(more)
         train_examples = examples
         heldout_examples, leaks = rows.drop_seen(examples, candidates)
@@ -182,17 +183,19 @@ def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[li
     """
     config, names = run.read_config(), rows.find_data(files)
     _refuse_twice(names)
-    if any(not Path(file).exists() for file in data_files(config)) or (
-        fingerprint_files(data_files(config)) != run.read_state()["data_fingerprint"]
+    training = training_files(config)
+    known = [*training, *heldout_files(config)]
+    if any(not Path(file).exists() for file in known) or (
+        fingerprint_files(known) != run.read_state()["data_fingerprint"]
     ):
         raise DataError(
             f"The files that {run.name} was trained on are gone or have changed, so which rows are new to it can't be "
-            f"told. Put them back: {', '.join(data_files(config))}"
+            f"told. Put them back: {', '.join(known)}"
         )
-    labels = rows.label_files([*names, *training_files(config)])
+    labels = rows.label_files([*names, *training])
     candidates, report = load_files(config, names, labels)
     heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
-    trained_on, _ = load_files(config, training_files(config), labels)
+    trained_on, _ = load_files(config, training, labels)
     clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], candidates)
     sequences, too_long = tokenize_examples(chat, clean, config.max_length)
     report.problems += leaks + too_long
@@ -207,6 +210,11 @@ def load_files(
 ) -> tuple[list[Example], DataReport]:
     """Read files as the settings say: which column is which field, and in which encoding."""
     return rows.load_examples(files, labels, rows.parse_columns(config.map), config.encoding)
+
+
+def precision_of(config: TrainConfig, device: Device) -> Precision:
+    """What the settings say to compute in; by itself what the device really has."""
+    return device.precision if config.dtype == "auto" else config.dtype
 
 
 def quantization_of(config: TrainConfig) -> Quantization:

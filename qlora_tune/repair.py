@@ -113,7 +113,7 @@ def _repair_row(row: Row | DataProblem, reasons: list[str], columns: Mapping[str
     if not done:
         return _Done("kept", row.fields, [])
     try:
-        to_examples(row._replace(fields=map_columns(fields, dict(columns)) if columns else fields))
+        to_examples(row._replace(fields=map_columns(fields, columns) if columns else fields))
     except RowError as error:
         return _Done("dropped", None, [*dict.fromkeys(done), f"then nothing was left to use: {error}"])
     return _Done("repaired", fields, list(dict.fromkeys(done)))

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from qlora_tune.chat_format import IGNORED, ChatFormat
 from qlora_tune.errors import ConfigError, TemplateError
 from qlora_tune.row_files import to_row, write_rows
-from qlora_tune.shapes import Example
+from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
 
 Criterion = Literal["ifd", "length", "diversity"]
@@ -84,8 +84,8 @@ class Selection:
 
     def count_tasks(self, examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
         """Rows of each task, and how many of them were chosen. What has none is a task that won't be learned."""
-        rows = Counter(example.task or "(none)" for example in examples)
-        chosen = Counter(examples[index].task or "(none)" for index in self.kept)
+        rows = Counter(example.task or NO_TASK for example in examples)
+        chosen = Counter(examples[index].task or NO_TASK for index in self.kept)
         return {task: (rows[task], chosen[task]) for task in sorted(rows)}
 
 

@@ -7,7 +7,7 @@ read in `turns`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +39,7 @@ FIELDS = (
     "chosen",
     "rejected",
 )
+NO_TASK = "(none)"  # how reports call rows that name none
 _SOURCE = re.compile(r"(?s)(.*):(\d+)(#\d+)?")
 
 
@@ -100,7 +101,7 @@ def detect_format(fields: dict[str, Any]) -> Shape | None:
     return _recognise(fields)[0]
 
 
-def map_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def map_columns(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Give columns the names that the readers look for: {"instruction": "question"} reads question as instruction.
 
     A row without such columns stays as it is where its own names tell its shape (files of several kinds may stand

@@ -13,6 +13,7 @@ from qlora_tune.lengths import Histogram
 from qlora_tune.mixture import Coverage
 from qlora_tune.quality import DEFECTS
 from qlora_tune.repair import Repair
+from qlora_tune.shapes import NO_TASK
 from qlora_tune.terminal import console, printable, say
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -88,7 +89,7 @@ def _figure(value: object) -> str:
 
 
 def _show_tasks(report: CheckReport) -> None:
-    tasks = [(task, count) for task, count in report.tasks.most_common() if task != "(none)"]
+    tasks = [(task, count) for task, count in report.tasks.most_common() if task != NO_TASK]
     if not tasks:
         return
     shown = ", ".join(f"{_one_line(task)} {count:,}" for task, count in tasks[:_TASKS_SHOWN])
