@@ -52,6 +52,27 @@ def is_downloaded(name: str) -> bool:
     )
 
 
+def is_local(name: str) -> bool:
+    """Whether a base can be found without a download: the built-in one, a folder, or a hub model kept here."""
+    return name == BUILTIN or name.count("/") != 1 or name.startswith((".", "/", "~")) or is_downloaded(name)
+
+
+def download_bytes(name: str, revision: str | None = None) -> int:
+    """How much find_base would fetch from the hub for a model. Raises ModelError when the hub can't be asked."""
+    from fnmatch import fnmatch
+
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=5).siblings or []
+    except Exception as error:  # each transport has errors of its own, and all mean the same here
+        raise ModelError(
+            f'Base model "{name}" is not on this machine, and the hub can\'t be asked for it '
+            f"({type(error).__name__}). Connect and try again, or choose one that is here: builtin works offline."
+        ) from None
+    return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, p) for p in WEIGHT_PATTERNS))
+
+
 def find_base(name: str, revision: str | None = None) -> BaseModel:
     """Find a base model's folder: the built-in one, a local folder, or the hub's (downloaded where needed).
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_tune.check import CheckReport
 from qlora_tune.lengths import Histogram
 from qlora_tune.quality import DEFECTS
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 _SHOWN = 50  # findings of one kind on the page; the JSON report holds more
 _WIDTH, _HEIGHT, _GAP = 640, 160, 2  # of the plot [px]
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>qlora_tune check</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; --line: #8885; --error: #c62828; --warning: #b26a00; --note: #777; --bar: #2e7d32; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.error { color: var(--error); font-weight: 600; } .warning { color: var(--warning); } .note { color: var(--note); }
-code { overflow-wrap: anywhere; } rect { fill: var(--bar); } rect.cut { fill: var(--error); }
-line { stroke: var(--error); stroke-dasharray: 4; } text { fill: currentColor; font-size: 11px; }
-</style></head><body>
-<h1>Data check</h1>
+# Shared with the page: what the marks of a report look like.
+STYLE = """
+.report table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
+.report td, .report th { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; }
+.report td { vertical-align: top; }
+.report td.n, .report th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.report .error { color: var(--error); font-weight: 600; } .report .warning { color: var(--warning); }
+.report .note { color: var(--note); } .report code { overflow-wrap: anywhere; }
+.report rect { fill: var(--bar); } .report rect.cut { fill: var(--error); }
+.report line { stroke: var(--error); stroke-dasharray: 4; } .report text { fill: currentColor; font-size: 11px; }
+"""
+
+_BODY = """
 <p><b>{{ "{:,}".format(report.rows_in) }}</b> rows = {{ "{:,}".format(report.kept) }} kept +
 {{ "{:,}".format(report.rejected) }} rejected.
 {% for severity in ("error", "warning", "note") -%}
@@ -50,6 +53,8 @@ is left out, or cut after the last turn that fits{% endif %}.</p>
 <svg viewBox="0 0 {{ width }} {{ height + 20 }}" role="img" aria-label="Histogram of lengths">
 {% for bar in bars %}<rect {% if bar.cut %}class="cut" {% endif %}x="{{ bar.x }}" y="{{ bar.y }}"
 width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title }}</title></rect>{% endfor %}
+{% if cut is not none %}<line x1="{{ cut }}" x2="{{ cut }}" y1="0" y2="{{ height }}"><title>max_length</title></line>
+{% endif %}
 <text x="0" y="{{ height + 14 }}">0</text>
 <text x="{{ width }}" y="{{ height + 14 }}" text-anchor="end">{{ "{:,}".format(report.lengths.edges[-2]) }}
 {{ report.lengths.unit }} and more</text></svg>
@@ -66,7 +71,16 @@ width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title }}</title>
 {% if report.counts[kind] > shown %}<p>… and {{ report.counts[kind] - shown }} more.</p>{% endif %}
 </details>{% endfor %}
 {% for note in report.notes %}<p>{{ note }}</p>{% endfor %}
-</body></html>
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>qlora_tune check</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --line: #8885; --error: #c62828; --warning: #b26a00; --note: #777; --bar: #2e7d32; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+{{ style }}</style></head><body class="report"><h1>Data check</h1>{{ body }}</body></html>
 """
 
 
@@ -74,17 +88,37 @@ def write_check_page(report: CheckReport, path: Path) -> None:
     """Write the report as a page. Text from data is escaped and the page forbids scripts and loads."""
     from jinja2 import Environment
 
-    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
-    html = page.render(
-        report=report,
-        defects=DEFECTS,
-        shown=_SHOWN,
-        width=_WIDTH,
-        height=_HEIGHT,
-        bars=_bars(report.lengths) if report.lengths else [],
-    )
+    page = Environment(autoescape=True).from_string(_PAGE).render(style=STYLE, body=render_check(report))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8", errors="backslashreplace")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def render_check(report: CheckReport) -> Markup:
+    """The report as HTML without the page around it; text from data is escaped."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    lengths = report.lengths
+    html = (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(_BODY)
+        .render(
+            report=report,
+            defects=DEFECTS,
+            shown=_SHOWN,
+            width=_WIDTH,
+            height=_HEIGHT,
+            bars=_bars(lengths) if lengths else [],
+            cut=_cut_line(lengths) if lengths else None,
+        )
+    )
+    return Markup(html)
+
+
+def _cut_line(lengths: Histogram) -> float | None:
+    """Where max_length lies [px]; None where no bar reaches it."""
+    place = (lengths.limit or math.inf) / lengths.edges[1] * _WIDTH / len(lengths.counts)
+    return round(place, 1) if place < _WIDTH else None
 
 
 def _bars(lengths: Histogram) -> list[dict[str, object]]:

@@ -297,6 +297,13 @@ def describe_limits(field: FieldInfo) -> str:
     return ", ".join([extra["unit"], *limits] if extra["unit"] else limits)
 
 
+def describe_setting(name: str) -> str:
+    """A setting's help with its unit and limits."""
+    field = TrainConfig.model_fields[name]
+    limits = describe_limits(field)
+    return f"{field.description}{f' [{limits}]' if limits else ''}"
+
+
 def describe_value(value: Any) -> str:
     """A setting's value as a person writes it: true, 0.0002, q_proj, v_proj; `none` where it is absent or empty."""
     if isinstance(value, bool):

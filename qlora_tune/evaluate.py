@@ -7,11 +7,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_tune.chat_format import ChatFormat
+from qlora_tune.errors import RunError
 from qlora_tune.generate import decode_answer, generate_answers
-from qlora_tune.runs import Run, write_json
+from qlora_tune.runs import Run, read_json, write_json
 from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
 
@@ -126,6 +127,41 @@ def write_comparison(run: Run, comparison: Comparison, name: str = "") -> Path:
     answers = run.path / f"comparison{end}.md"
     answers.write_text(to_markdown(comparison), encoding="utf-8")
     return answers
+
+
+def read_comparison(run: Run, name: str = "") -> Comparison:
+    """Read what write_comparison kept. Raises RunError where the run was not scored, or the file is damaged."""
+    path = run.path / f"scores{f'-{name}' if name else ''}.json"
+    if not path.exists():
+        raise RunError(f"{run.name} was not scored. Score it with: python -m qlora_tune evaluate {run.path}")
+    answers = read_json(path).get("answers", [])
+    try:
+        return Comparison([Answered(**{**answer, "prompt": tuple(answer["prompt"])}) for answer in answers])
+    except (TypeError, KeyError):
+        raise RunError(f"{path}: holds answers of another form. Score the run again.") from None
+
+
+def pick_answers(
+    comparison: Comparison, which: Literal["best", "worst", "random"], count: int, seed: int = 0
+) -> list[Answered]:
+    """Some answers to look at: those of the tuned model that are nearest to the reference, farthest, or any.
+
+    Nearness is the share of characters that stay in an optimal alignment (indel similarity), best first; among equals
+    those come first that the base got more wrong (best) or less (worst).
+    """
+    from rapidfuzz.distance import Indel
+
+    if which == "random":
+        return random.Random(seed).sample(comparison.answers, min(count, len(comparison.answers)))
+
+    def key(answer: Answered) -> tuple[float, float]:
+        tuned, base = (
+            Indel.normalized_similarity(_normalise(text), _normalise(answer.reference))
+            for text in (answer.tuned, answer.base)
+        )
+        return tuned, -base
+
+    return sorted(comparison.answers, key=key, reverse=which == "best")[:count]
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -63,6 +63,19 @@ class Trained:
         model = models.load_base(self.base, self.device, self.precision, self.quantization)
         return models.load_adapter(model, adapter or self.adapter, self.base)
 
+    def load_merged(self, folder: Path) -> Any:
+        """Load a merged model as it is: a plain one, unquantized."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, self.precision),
+            device_map={"": 0 if self.device.kind == "cuda" else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+
 
 def open_adapter(adapter: Path, base: str | None = None) -> Trained:
     """Find what an adapter's folder needs; `base` says where its base model is now, if it moved.
@@ -291,15 +304,8 @@ def _compare_answers(trained: Trained, folder: Path, rows: list[Example]) -> Non
 def _compare_distributions(trained: Trained, folder: Path, rows: list[Example]) -> float:
     """Mean KL divergence of next-token distributions, adapter against merged, over prompts and answers [nats]."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    tuned = trained.load()
-    merged = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, trained.precision),
-        device_map={"": 0 if trained.device.kind == "cuda" else "cpu"},
-        use_safetensors=True,
-    )
+    tuned, merged = trained.load(), trained.load_merged(folder)
     total, count = 0.0, 0
     for ids in (trained.chat.tokenize_example(row.messages, tools=row.tools)[-1].input_ids for row in rows):
         tokens = torch.tensor([ids])

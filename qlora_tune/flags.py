@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from qlora_tune.config import TrainConfig, describe_limits, describe_value
+from qlora_tune.config import TrainConfig, describe_setting, describe_value
 
 
 def _settings_type() -> type:
@@ -17,12 +19,11 @@ def _settings_type() -> type:
     for name, field in TrainConfig.model_fields.items():
         extra: Any = field.json_schema_extra
         flag = name.replace("_", "-")
-        limits = describe_limits(field)
         is_switch = field.annotation is bool
         parameter = Parameter(
             name=f"--{flag}",
             group=Group(extra["group"]),
-            help=f"{field.description}{f' [{limits}]' if limits else ''} (default: {describe_value(field.default)})",
+            help=f"{describe_setting(name)} (default: {describe_value(field.default)})",
             show_default=False,
             negative=(f"--no-{flag}",) if is_switch else (),
             consume_multiple=False,
@@ -41,6 +42,43 @@ def given_flags(settings: Any) -> dict[str, Any]:
     if settings is None:
         return {}
     return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def command_line(flags: Mapping[str, Any]) -> str:
+    """The command that does the same in a terminal."""
+    words = ["python", "-m", "qlora_tune", "train", *flags.get("data", [])]
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "data":
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        for entry in value if isinstance(value, list) else [value]:
+            words += [flag, "none" if entry is None else describe_value(entry)]
+    return shlex.join(words)
+
+
+def flags_of_fields(given: Mapping[str, Any], usual: TrainConfig) -> dict[str, Any]:
+    """What a form's fields say otherwise than the usual settings, as flags. Lists are text, a line an entry."""
+    flags: dict[str, Any] = {}
+    for name, value in given.items():
+        if value == as_field(getattr(usual, name)):
+            continue
+        if is_list(name):
+            flags[name] = [line.strip() for line in str(value or "").splitlines() if line.strip()]
+        elif value not in (None, "") or getattr(usual, name) is not None:
+            flags[name] = "none" if value in (None, "") else value
+    return flags
+
+
+def as_field(value: Any) -> Any:
+    """A setting's value as the field of a form holds it."""
+    return "\n".join(value) if isinstance(value, list) else value
+
+
+def is_list(name: str) -> bool:
+    return "list" in str(TrainConfig.model_fields[name].annotation)
 
 
 def with_dashes(token: str) -> str:

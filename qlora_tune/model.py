@@ -7,6 +7,7 @@ with a model is never run.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -107,6 +108,13 @@ def detect_device() -> Device:
     return Device(
         "cpu", f"CPU, {threads} thread{'s' if threads > 1 else ''}", memory, "bfloat16" if fast_bf16 else "float32"
     )
+
+
+def free_memory() -> None:
+    """Give memory of models that nobody holds any longer back to the device."""
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:

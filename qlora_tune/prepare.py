@@ -74,7 +74,7 @@ class Setup:
 def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
-    _refuse_other_device(config.preset, device)
+    refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
     _refuse_longer_than_context(config.max_length, base)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
@@ -84,7 +84,7 @@ def prepare(config: TrainConfig) -> Setup:
     return Setup(device, precision, base, tokenizer, chat, prepare_data(config, chat))
 
 
-def _refuse_other_device(preset: str, device: Device) -> None:
+def refuse_other_device(preset: str, device: Device) -> None:
     """Raise ConfigError when a GPU's preset meets a machine without one, before gigabytes are downloaded for it."""
     if preset == "none" or device.kind == "cuda":
         return

@@ -30,6 +30,7 @@ from qlora_tune.errors import RunError
 from qlora_tune.shapes import DataProblem, Example
 
 MANIFEST = "manifest.json"
+UNDER_WAY = ("preparing", "running")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,13 @@ class Run:
         state = read_json(self.path / "state.json")
         if "status" not in state:
             raise RunError(f"{self.path / 'state.json'}: names no status. The file is damaged.")
-        if state["status"] == "running" and not _is_alive(state["pid"], state["started"]):
+        if state["status"] in UNDER_WAY and not _is_alive(state):
             state["status"] = "interrupted"
         return state
+
+    def is_alive(self) -> bool:
+        """Whether the run's process lives: preparing, training or scoring."""
+        return _is_alive(read_json(self.path / "state.json"))
 
     def update_state(self, **changes: Any) -> None:
         """Change entries of state.json; readers see the old file or the new one, never half of it."""
@@ -161,7 +166,12 @@ def new_run(config: TrainConfig) -> Run:
     (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
     run = Run(path)
     run.update_state(
-        status="preparing", created=time.time(), preset=config.preset, base_model=settings["model_name_or_path"]
+        status="preparing",
+        pid=os.getpid(),
+        started=time.time(),
+        created=time.time(),
+        preset=config.preset,
+        base_model=settings["model_name_or_path"],
     )
     return run
 
@@ -284,11 +294,14 @@ def _matches(path: Path, entry: dict[str, Any]) -> bool:
         return bool(hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"])
 
 
-def _is_alive(pid: int, started: float) -> bool:
+def _is_alive(state: dict[str, Any]) -> bool:
     """Whether a run's process still lives; a later process with the same number doesn't count."""
     import psutil
 
+    if not state.get("pid"):
+        return False
     try:
-        return bool(psutil.Process(pid).create_time() <= started + 1)
+        process = psutil.Process(state["pid"])
+        return bool(process.create_time() <= state["started"] + 1 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_value
+from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_setting, describe_value
 from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED, ModelError
 from qlora_tune.evaluate import Comparison, is_exact_match
+from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
 from qlora_tune.turns import Message
 
@@ -95,16 +96,15 @@ def show_tokens(tokenizer: Any, ids: list[int], labels: list[int]) -> Text:
     Where there are no colours, ⟦ and ⟧ stand around what is learned.
     """
     text = Text()
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    learned = [label != -100 for label in labels]
-    for position, token in enumerate(ids):
-        piece = printable(tokenizer.decode([token])).replace("\n", "⏎\n")
-        style = "black on green" if learned[position] else ("dim" if position % 2 else "")
-        opens = learned[position] and not (position and learned[position - 1])
-        closes = learned[position] and not any(learned[position + 1 : position + 2])
+    tokens = mark_tokens(tokenizer, ids, labels)
+    for position, token in enumerate(tokens):
+        piece = printable(token.text).replace("\n", "⏎\n")
+        style = "black on green" if token.learned else ("dim" if position % 2 else "")
+        opens = token.learned and not (position and tokens[position - 1].learned)
+        closes = token.learned and not (position + 1 < len(tokens) and tokens[position + 1].learned)
         if not console.is_terminal:
             piece = f"{'⟦' if opens else ''}{piece}{'⟧' if closes else ''}"
-        text.append(piece, style=f"bold {style}" if token in special else style)
+        text.append(piece, style=f"bold {style}" if token.control else style)
     return text
 
 
@@ -131,9 +131,8 @@ def show_config(resolved: ResolvedConfig) -> None:
     table = Table(Column("setting", no_wrap=True), Column("value", overflow="fold"), "from", box=None)
     if wide:
         table.add_column("meaning")
-    for name, field in TrainConfig.model_fields.items():
-        limits = describe_limits(field)
-        meaning = f"{field.description}" + (f" [{limits}]" if limits else "")
+    for name in TrainConfig.model_fields:
+        meaning = describe_setting(name)
         shown = describe_value(getattr(resolved.config, name))
         changed = resolved.origins[name] != "default"
         cells = [name, escape(shown), escape(resolved.origins[name]), *([escape(meaning)] if wide else [])]

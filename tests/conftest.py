@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from qlora_tune.model import quiet_stack
 quiet_stack()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Locks of their own: a run of the user's must not refuse those of the tests, nor they it.
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="qlora-tune-tests-")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -1,0 +1,616 @@
+"""The page: look at the data, start and watch a run, chat with base and tuned model, compare runs, export.
+
+Thin over the package: a handler turns fields into arguments, calls one function and shows what it returned.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from cyclopts import App, CycloptsError, Parameter
+
+from qlora_tune.model import free_memory, quiet_stack
+
+quiet_stack()
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Uploads and downloads pass through here. Only this user can open it, and it goes when the page ends.
+CACHE = tempfile.TemporaryDirectory(prefix="qlora-tune-page-")
+os.environ["GRADIO_TEMP_DIR"] = CACHE.name
+
+import gradio as gr  # reads both when it is imported
+
+from qlora_tune import launch, page_guard
+from qlora_tune import page_parts as parts
+from qlora_tune.config import TrainConfig, describe_setting, list_presets, resolve_config, shipped_path
+from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
+from qlora_tune.flags import as_field, flags_of_fields, is_list
+from qlora_tune.plan import pick_here, plan_run
+from qlora_tune.runs import Run, list_runs, open_run
+
+SAMPLE = "the built-in sample"
+MAX_UPLOAD_BYTES = 1 << 30
+MAIN = [
+    "model_name_or_path",
+    "data",
+    "preset",
+    "num_train_epochs",
+    "max_length",
+    "per_device_train_batch_size",
+    "learning_rate",
+]
+MAIN.append("heldout_share")
+NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir"))]
+KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a change of preset leaves these
+WELCOME = """Look at the data first. The built-in example leads through everything in three clicks and three minutes.
+Your own rows of instruction and response: .jsonl, .json, .csv, .tsv, .parquet, a folder, or a hub dataset's id."""
+STOP_WORDS = """Save and stop: finishes the step, writes a checkpoint and ends. Resume goes on to the same result.
+Discard the run: ends it at once and deletes its folder, checkpoints and all. This can't be undone."""
+runs_dir = "runs"  # set once, by serve
+
+
+def make_field(name: str) -> Any:
+    """The widget of one setting, from its declaration."""
+    field = TrainConfig.model_fields[name]
+    kind, words = str(field.annotation), describe_setting(name).replace("`", "")
+    about: Any = {"label": name, "info": words, "render": False}
+    if name == "preset":
+        return gr.Dropdown(["auto", *(preset.name for preset in list_presets()), "none"], value="auto", **about)
+    if name == "model_name_or_path":
+        bases = dict.fromkeys(preset.settings.get(name, "builtin") for preset in list_presets())
+        return gr.Dropdown(list(bases), value="builtin", allow_custom_value=True, **about)
+    if name == "data":
+        return gr.Dropdown([SAMPLE], value=SAMPLE, allow_custom_value=True, **about)
+    if field.annotation is bool:
+        return gr.Checkbox(field.default, **about)
+    if "Literal" in kind:
+        return gr.Dropdown(list(get_args(field.annotation)), value=field.default, **about)
+    if "int" in kind or "float" in kind:
+        return gr.Number(field.default, precision=0 if field.annotation is int else None, **about)
+    return gr.Textbox(as_field(field.default), lines=2 if is_list(name) else 1, **about)
+
+
+def read_fields(values: Any) -> dict[str, Any]:
+    """What the fields say otherwise than their preset, as flags."""
+    given = dict(zip(NAMES, values, strict=True))
+    preset = given.pop("preset") or "auto"
+    given["data"] = "" if given["data"] in (SAMPLE, None) else given["data"]
+    flags = {} if preset == "auto" else {"preset": preset}
+    flags |= flags_of_fields(given, resolve_config({"preset": preset}, pick_auto=pick_here).config)
+    return flags if runs_dir == "runs" else {**flags, "runs_dir": runs_dir}
+
+
+def read_config(values: Any) -> TrainConfig:
+    return resolve_config(read_fields(values), pick_auto=pick_here).config
+
+
+def fill_fields(preset: str) -> tuple[Any, ...]:
+    """What the fields show after a change of preset."""
+    config = resolve_config({"preset": preset or "auto"}, pick_auto=pick_here).config
+    return tuple(gr.skip() if name in KEPT else as_field(getattr(config, name)) for name in NAMES)
+
+
+def on(trigger: Any, function: Callable[..., Any], inputs: Any, say: Any, outputs: Any, **options: Any) -> Any:
+    """Call a function on an event, or any of several. A problem is said in `say`, and the outputs stay as they are."""
+
+    def call(*values: Any) -> Any:
+        try:
+            result = function(*values)
+        except (TuneError, OSError) as error:
+            return parts.show_message(str(error), "bad"), *(gr.skip() for _ in outputs)
+        return "", *(result if isinstance(result, tuple) else (result,))
+
+    listen = functools.partial(gr.on, trigger) if isinstance(trigger, list) else trigger
+    return listen(call, inputs, [say, *outputs], **{"api_visibility": "private", "show_progress": "minimal", **options})
+
+
+def reveal(trigger: Any, component: Any, say: Any, visible: bool) -> None:
+    """Show or hide a part of the page on a click."""
+    on(trigger, lambda: type(component)(visible=visible), None, say, [component])
+
+
+def part(text: str = "", **options: Any) -> Any:
+    """A place for HTML of page_parts, which escapes what it shows."""
+    return gr.Markdown(text, sanitize_html=False, latex_delimiters=[], container=False, **options)
+
+
+def hand_out(path: Path) -> Any:
+    """A button that downloads one file, from a copy in the page's cache: the only place it serves files from."""
+    copy = shutil.copy(path, Path(tempfile.mkdtemp(dir=CACHE.name)) / path.name)
+    return gr.DownloadButton(f"Download {path.name}", value=str(copy), visible=True)
+
+
+def run_names() -> list[str]:
+    return [run.name for run in reversed(list_runs(runs_dir))]
+
+
+def find_run(name: str | None) -> Run:
+    if not name:
+        raise RunError("No run is chosen. Start one on the tab Train.")
+    return open_run(Path(runs_dir) / name)
+
+
+def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - Gradio looks for it there
+    """Report on the chosen data and what the settings would cut of it, with its first row."""
+    from qlora_tune.data import find_data
+    from qlora_tune.preview import check_as_trained
+
+    seen = 0
+
+    def on_row() -> None:
+        nonlocal seen
+        seen += 1
+        if seen % 500 == 0:
+            progress((seen, None), desc="reading rows", unit="rows")
+
+    try:
+        config = read_config(values)
+        files = [str(shipped_path("sample.jsonl"))] if data in (SAMPLE, "", None) else find_data([data])
+        report = check_as_trained(config, files, on_row)
+        if refused := [file.refused for file in report.files if file.refused]:
+            raise DataError("\n".join(refused))
+        row = show_row(files[0], 1, *values)
+    except (TuneError, OSError) as error:
+        return parts.show_message(str(error), "bad"), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
+    several = gr.Dropdown(files, value=files[0], visible=len(files) > 1)
+    return "", report, parts.show_check(report), row, several, 1, gr.Column(visible=True)
+
+
+def show_row(file: str, line: float, *values: Any) -> str:
+    from qlora_tune.preview import view_row
+
+    return parts.show_row(view_row(Path(file), int(line or 1), read_config(values)))
+
+
+def repair(report: Any, *values: Any) -> tuple[Any, ...]:
+    from qlora_tune.data import parse_columns
+    from qlora_tune.repair import repair_files
+
+    config, name = read_config(values), Path(report.files[0].path).name.split(".")[0]
+    with tempfile.TemporaryDirectory(dir=CACHE.name) as scratch:
+        target = Path(scratch) / f"{name}-repaired.jsonl"
+        done = repair_files(report, target, columns=parse_columns(config.map), encoding=config.encoding)
+        words = f"{done.rows_in:,} rows: {done.kept:,} kept, {done.repaired:,} mended, {done.dropped:,} dropped."
+        return hand_out(done.output), hand_out(done.log), parts.show_message(words, "good")
+
+
+def take_upload(file: str) -> tuple[Any, Any]:
+    kept = str(launch.keep_upload(Path(file), runs_dir))
+    return gr.Dropdown([SAMPLE, kept], value=kept), gr.Dropdown([SAMPLE, kept], value=kept)
+
+
+def show_card(*values: Any) -> tuple[str, str]:
+    plan = plan_run(read_fields(values))
+    return parts.show_card(plan), plan.command
+
+
+def start(*values: Any) -> Any:
+    plan = plan_run(read_fields(values))
+    if plan.problems or plan.config is None or plan.device is None:
+        raise RunError("\n".join(["Not started.", *plan.problems]))
+    release_chat()
+    run = launch.launch_run(plan.config, plan.device.kind)
+    return gr.Dropdown(run_names(), value=run.name)
+
+
+def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
+    """What has changed of the run shown since it was last looked at; nothing where nothing has."""
+    names = run_names()
+    if name not in names:
+        name = next((run.name for run in list_runs(runs_dir) if run.is_alive()), next(iter(names), None))
+    if name is None:
+        empty = parts.show_message("No run yet. What a run does is shown here while it goes on.", "soft")
+        return gr.Dropdown([], value=None), None, empty, "", *(gr.Button(visible=False) for _ in range(4))
+    run = find_run(name)
+    alive, output = run.is_alive(), run.path / launch.OUTPUT_FILE
+    stamps = [path.stat().st_mtime_ns for path in (*run.path.glob("*.json*"), output) if path.exists()]
+    if seen == (now := (name, names, alive, stamps)):
+        return (gr.skip(),) * 8
+    log = output.read_bytes()[-8000:].decode(errors="replace") if output.exists() else "It was started in a terminal."
+    unfinished, tuned = (
+        run.read_state()["status"] in ("stopped", "interrupted", "failed"),
+        run.has_adapter and not alive,
+    )
+    shown = (gr.Button(visible=visible) for visible in (alive, unfinished, tuned, tuned))
+    return gr.Dropdown(names, value=name), now, parts.show_run(run), parts.show_log(log), *shown
+
+
+def resume(name: str) -> tuple[()]:
+    from qlora_tune.model import detect_device
+
+    release_chat()
+    launch.launch_resume(find_run(name), detect_device().kind)
+    return ()
+
+
+def end_run(how: Callable[[Run], None], name: str) -> Any:
+    how(find_run(name))
+    return gr.Column(visible=False)
+
+
+@functools.lru_cache(maxsize=1)
+def load_chat(adapter: str, merged: str | None, stamp: int) -> Any:
+    """One loaded model at a time; `stamp` is the adapter file's time, so that a new one is loaded again."""
+    from qlora_tune import chat
+
+    return chat.load_chat(Path(adapter), merged=Path(merged) if merged else None)
+
+
+def release_chat() -> None:
+    """Give the chat's memory back, before a run takes the device."""
+    load_chat.cache_clear()
+    free_memory()
+
+
+def pick_adapter(name: str | None) -> Any:
+    """The adapters that there are, and one chosen: by its folder, by its run's name, or the first."""
+    from qlora_tune.chat import list_adapters
+
+    choices = [(label, str(folder)) for label, folder in list_adapters(runs_dir).items()]
+    wanted = [folder for label, folder in choices if name in (label, folder)] or [folder for _, folder in choices]
+    return gr.Dropdown(choices, value=next(iter(wanted), None))
+
+
+def open_chat(adapter: str | None) -> Any:
+    from qlora_tune.model import detect_device
+
+    if not adapter:
+        raise RunError("No adapter is chosen. Train one on the tab Train, or open a zip.")
+    if (device := detect_device().kind) == "cuda":
+        launch.refuse_busy_device(device)  # both would not fit
+    merged, weights = Path(adapter).parent / "merged", Path(adapter) / "adapter_model.safetensors"
+    return load_chat(adapter, str(merged) if merged.is_dir() else None, weights.stat().st_mtime_ns)
+
+
+def answer(
+    prompt: str, left: list[Any], right: list[Any], adapter: str, one: str, two: str, system: str, *sampling: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Stream the answers of both sides, one after the other: they share one loaded base."""
+    from qlora_tune.chat import answer_sides
+
+    before, voices, shown = [left, right], (one, two), 0.0
+    try:
+        if not prompt.strip():
+            raise ConfigError("Write a message first, or choose a held-out prompt.")
+        sides = [[*turns, {"role": "user", "content": prompt.strip()}] for turns in before]
+        yield parts.show_message("Loading …", "soft"), "", *before, *parts.show_sides(sides, voices)
+        given: Any = dict(zip(("temperature", "top_p", "max_new_tokens"), sampling, strict=True))
+        asked: Any = [None if who == "off" else who for who in voices]
+        for grown in answer_sides(open_chat(adapter), asked, sides, system, **given):
+            sides = grown
+            if time.monotonic() - shown > 0.05:  # a browser need not draw each token
+                shown = time.monotonic()
+                yield "", "", *sides, *parts.show_sides(sides, voices)
+        words = "" if len(sides[0]) > len(left) else "No answer; the turn is left out."
+        yield parts.show_message(words, "soft"), "", *sides, *parts.show_sides(sides, voices)
+    except (TuneError, OSError) as error:
+        yield parts.show_message(str(error), "bad"), prompt, *before, *parts.show_sides(before, voices)
+
+
+def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
+    """Take the last question back, to ask it again."""
+    from qlora_tune.chat import before_last_question
+
+    (rest, asked), (other, _) = before_last_question(left), before_last_question(right)
+    return asked, rest, other
+
+
+def list_examples(adapter: str | None) -> Any:
+    run = Run(Path(adapter or "").parent)
+    rows = run.read_heldout()[:300] if (run.path / "heldout.jsonl").exists() else []
+    labels = [f"{row.task or 'row'}: {row.messages[-2]['content'][:80]}" for row in rows]
+    return gr.Dropdown([(label, index) for index, label in enumerate(labels)], value=None)
+
+
+def use_example(index: int, adapter: str) -> tuple[Any, ...]:
+    """Put a held-out row into the fields: system prompt, what was said before, question; and what is expected."""
+    from qlora_tune.chat import split_example
+
+    system, turns, question, expected = split_example(Run(Path(adapter).parent).read_heldout()[index])
+    return system, turns, turns, question, parts.show_message(f"Expected: {expected}", "soft")
+
+
+def open_zip(file: str) -> Any:
+    from qlora_tune.chat import unpack_adapter
+
+    return pick_adapter(str(unpack_adapter(Path(file), launch.uploads_folder(runs_dir))))
+
+
+def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
+    known = run_names()
+    table = parts.show_runs([find_run(name) for name in known])
+    chosen = [name for name in names or [] if name in known] or known[:1]
+    return gr.Dropdown(known, value=chosen), table
+
+
+def compare_runs(names: list[str], which: Any) -> tuple[str, str, str]:
+    """Curves and differences of the chosen runs; scores and answers of the first one."""
+    from qlora_tune.evaluate import pick_answers, read_comparison
+
+    runs = [find_run(name) for name in names or []]
+    if not runs:
+        return "", "", ""
+    curves = parts.show_losses(runs) + (parts.show_differences(runs) if len(runs) > 1 else "")
+    try:
+        comparison = read_comparison(runs[0])
+    except RunError as error:
+        return curves, parts.show_message(str(error), "soft"), ""
+    answers = parts.show_answers(pick_answers(comparison, which, 5))
+    return curves, parts.show_scores(comparison, runs[0].name), answers
+
+
+def first_tuned(names: list[str]) -> Any:
+    from qlora_tune.export import open_adapter
+
+    run = find_run(names[0] if names else None)
+    run.require_adapter()
+    return open_adapter(run.adapter), run
+
+
+def export_zip(names: list[str]) -> tuple[Any, str]:
+    from qlora_tune.export import export_adapter
+
+    trained, run = first_tuned(names)
+    path = export_adapter(trained, run, run.path / f"{run.name}.zip")
+    words = f"{path.name}: {path.stat().st_size / 1e6:.1f} MB; unpacked, loaded again, answers equal."
+    return hand_out(path), parts.show_message(words, "good")
+
+
+def export_merged(names: list[str], into: Any, dtype: Any) -> str:
+    from qlora_tune.export import merge_adapter
+
+    trained, run = first_tuned(names)
+    divergence = merge_adapter(trained, run, run.path / "merged", into, dtype)
+    words = f"Merged model: {run.path / 'merged'}; loaded again, mean KL from what was trained {divergence:.1e} nats."
+    return parts.show_message(words, "good")
+
+
+def rename(names: list[str], name: str) -> tuple[Any, str]:
+    renamed = launch.rename_run(find_run(names[0] if names else None), name.strip())
+    return refresh_runs([renamed.name, *names[1:]])
+
+
+def delete(names: list[str]) -> tuple[Any, ...]:
+    release_chat()
+    launch.delete_run(find_run(names[0] if names else None))
+    return *refresh_runs(names[1:]), gr.Row(visible=False)
+
+
+def build() -> gr.Blocks:
+    """The page's four tabs. What several tabs share is made first and placed where it belongs."""
+    with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        fields = {name: make_field(name) for name in NAMES}
+        picked = gr.Dropdown([SAMPLE], value=None, allow_custom_value=True, label="Data file or folder", render=False)
+        adapter = gr.Dropdown([], label="Adapter", render=False)
+        chosen = gr.Dropdown([], multiselect=True, label="Runs; the first is looked at and exported", render=False)
+        part("<h1>qlora-tune</h1>")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Data", id="data"):
+                build_data(fields, picked, tabs)
+            with gr.Tab("Train", id="train"):
+                build_train(page, fields, adapter, chosen, tabs)
+            with gr.Tab("Chat", id="chat") as chat_tab:
+                build_chat(chat_tab, adapter)
+            with gr.Tab("Runs and export", id="runs") as runs_tab:
+                build_runs(runs_tab, chosen)
+    return page
+
+
+def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
+    values, report = list(fields.values()), gr.State(None)
+    with gr.Row(elem_classes="bar"):
+        picked.render()
+        upload = gr.UploadButton("Upload a file", scale=0, min_width=150)
+        example = gr.Button("Use the built-in example", variant="primary", scale=0, min_width=240)
+    say = part(parts.show_message(WELCOME))
+    with gr.Column(visible=False) as found:
+        with gr.Row(elem_classes="bar"):
+            file = gr.Dropdown([], label="File", visible=False)
+            line = gr.Number(1, label="Line", precision=0, minimum=1)
+            back = gr.Button("Previous row", scale=0, min_width=140)
+            forth = gr.Button("Next row", scale=0, min_width=120)
+            go = gr.Button("Train on this data", variant="primary", scale=0, min_width=190)
+        with gr.Row():
+            row = part(elem_classes="pane")
+            with gr.Column():
+                checked = part()
+                mend = gr.Button("Repair: write a mended copy, and a log of every change")
+                copy, log = (gr.DownloadButton(visible=False) for _ in range(2))
+                mended = part()
+    check: Any = {"fn": check_data, "inputs": [picked, *values], "show_progress_on": [say]}
+    check |= {"outputs": [say, report, checked, row, file, line, found], "api_visibility": "private"}
+    both = [picked, fields["data"]]
+    on(upload.upload, take_upload, [upload], say, both).then(**check)
+    on(example.click, lambda: (SAMPLE, SAMPLE), None, say, both).then(**check)
+    on(picked.input, lambda value: (value, value), [picked], say, both).then(**check)
+    on(fields["data"].input, lambda value: (value, value), [fields["data"]], say, both).then(**check)
+    look: Any = {"function": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
+    on([line.submit, file.input], **look)
+    on(on(back.click, lambda at: max(1, at - 1), [line], say, [line]).then, **look)
+    on(on(forth.click, lambda at: at + 1, [line], say, [line]).then, **look)
+    on(mend.click, repair, [report, *values], say, [copy, log, mended])
+    on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
+
+
+def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, tabs: Any) -> None:
+    values, seen = list(fields.values()), gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=3):
+            place_fields(fields)
+        with gr.Column(scale=2, elem_classes="card"):
+            card, say = part(parts.show_message("Reading the settings …", "soft")), part()
+            begin = gr.Button("Start", variant="primary")
+            command = gr.Textbox(label="The same in a terminal", lines=2, buttons=["copy"], interactive=False)
+    with gr.Row(elem_classes="bar"):
+        name = gr.Dropdown([], label="Run shown below")
+        stop = gr.Button("Stop …", visible=False, scale=0, min_width=100)
+        again = gr.Button("Resume", variant="primary", visible=False, scale=0, min_width=120)
+        talk = gr.Button("Compare base and tuned", variant="primary", visible=False, scale=0, min_width=230)
+        out = gr.Button("Scores and export", visible=False, scale=0, min_width=190)
+    with gr.Column(visible=False) as asked:
+        part(parts.show_message(STOP_WORDS))
+        with gr.Row():
+            save = gr.Button("Save and stop", variant="primary")
+            drop = gr.Button("Discard the run", variant="stop")
+            keep = gr.Button("Keep training")
+    say_run, live = part(), part(elem_classes="pane")
+    with gr.Accordion("Log", open=False):
+        log = part()
+    filled = on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
+    changes: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    for trigger in (filled.then, [field.change for field in values]):
+        on(trigger, show_card, values, say, [card, command], **changes)
+    watched = [name, seen, live, log, stop, again, talk, out]
+    ticks = [page.load, gr.Timer(1.0).tick, name.input]
+    on(ticks, watch, [name, seen], say_run, watched, show_progress="hidden", concurrency_limit=None)
+    on(begin.click, start, values, say, [name])
+    on(again.click, resume, [name], say_run, [])
+    reveal(stop.click, asked, say_run, True)
+    reveal(keep.click, asked, say_run, False)
+    on(save.click, functools.partial(end_run, launch.request_stop), [name], say_run, [asked])
+    on(drop.click, functools.partial(end_run, launch.discard_run), [name], say_run, [asked])
+    on(talk.click, lambda run: (gr.Tabs(selected="chat"), pick_adapter(run)), [name], say_run, [tabs, adapter])
+    on(out.click, lambda run: (gr.Tabs(selected="runs"), [run]), [name], say_run, [tabs, chosen])
+
+
+def place_fields(fields: dict[str, Any]) -> None:
+    """Eight fields in sight, the rest under one accordion, a tab a group."""
+
+    def place(names: list[str]) -> None:
+        for at in range(0, len(names), 2):
+            with gr.Row():
+                for name in names[at : at + 2]:
+                    fields[name].render()
+
+    place(MAIN)
+    group_of: Any = {name: TrainConfig.model_fields[name].json_schema_extra for name in TrainConfig.model_fields}
+    with gr.Accordion("All other settings", open=False), gr.Tabs():
+        for group in dict.fromkeys(extra["group"] for extra in group_of.values()):
+            with gr.Tab(group):
+                place([name for name in NAMES if group_of[name]["group"] == group and name not in MAIN])
+
+
+def build_chat(tab: Any, adapter: Any) -> None:
+    left, right = gr.State([]), gr.State([])
+    with gr.Row(elem_classes="bar"):
+        adapter.render()
+        one = gr.Dropdown(["base", "tuned", "merged"], value="base", label="Left answers")
+        two = gr.Dropdown(["tuned", "base", "merged", "off"], value="tuned", label="Right answers")
+        upload = gr.UploadButton("Open an adapter (.zip)", file_types=[".zip"], scale=0, min_width=220)
+    with gr.Row():
+        panes = [part(parts.show_conversation([]), elem_classes="pane") for _ in range(2)]
+    say, expected = part(), part()
+    with gr.Row(elem_classes="bar"):
+        prompt = gr.Textbox(label="Your message", lines=1, placeholder="Enter sends")
+        send = gr.Button("Send", variant="primary", scale=0, min_width=90)
+        halt = gr.Button("Stop", scale=0, min_width=90)
+        redo = gr.Button("Retry", scale=0, min_width=90)
+        clear = gr.Button("Clear", scale=0, min_width=90)
+    example = gr.Dropdown([], label="Held-out prompts: rows that were not trained on")
+    with gr.Row():
+        system = gr.Textbox(label="System prompt", lines=1)
+        temperature = gr.Number(0, label="Temperature (0: likeliest token)", minimum=0, maximum=99, step=0.1)
+        top_p = gr.Number(1, label="Top-p (share to sample from)", minimum=0.01, maximum=1, step=0.05)
+        longest = gr.Number(256, label="Max new tokens", precision=0, minimum=1)
+    sampling = [temperature, top_p, longest]
+    stream: Any = {"fn": answer, "inputs": [prompt, left, right, adapter, one, two, system, *sampling]}
+    stream |= {"outputs": [say, prompt, left, right, *panes], "show_progress": "hidden", "concurrency_id": "model"}
+    stream["api_visibility"] = "private"
+    again = on(redo.click, retry, [left, right], say, [prompt, left, right]).then(**stream)
+    halt.click(None, cancels=[prompt.submit(**stream), send.click(**stream), again], api_visibility="private")
+    empty = parts.show_conversation([])
+    on(clear.click, lambda: ([], [], empty, empty, ""), None, say, [left, right, *panes, expected])
+    on([tab.select, adapter.focus], pick_adapter, [adapter], say, [adapter])
+    on(adapter.change, list_examples, [adapter], say, [example])
+    on(example.input, use_example, [example, adapter], say, [system, left, right, prompt, expected])
+    on(upload.upload, open_zip, [upload], say, [adapter])
+
+
+def build_runs(tab: Any, chosen: Any) -> None:
+    table, say = part(), part()
+    chosen.render()
+    with gr.Row():
+        curves, scores = part(), part()
+    with gr.Row(elem_classes="bar"):
+        pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=240)
+        into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized is what was trained)")
+        dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
+        merge = gr.Button("Export the merged model", scale=0, min_width=240)
+    done, packed = part(), gr.DownloadButton(visible=False)
+    which = gr.Radio(["best", "worst", "random"], value="worst", label="Answers")
+    answers = part()
+    with gr.Row(elem_classes="bar"):
+        name = gr.Textbox(label="New name")
+        change = gr.Button("Rename", scale=0, min_width=110)
+        doom = gr.Button("Delete …", variant="stop", scale=0, min_width=110)
+    with gr.Row(visible=False) as asked:
+        sure = gr.Button("Delete it, with its adapter and uploaded data", variant="stop")
+        keep = gr.Button("Keep it")
+    on(tab.select, refresh_runs, [chosen], say, [chosen, table])
+    on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers])
+    on(pack.click, export_zip, [chosen], say, [packed, done], concurrency_id="model")
+    on(merge.click, export_merged, [chosen, into, dtype], say, [done], concurrency_id="model")
+    on(change.click, rename, [chosen, name], say, [chosen, table])
+    reveal(doom.click, asked, say, True)
+    reveal(keep.click, asked, say, False)
+    on(sure.click, delete, [chosen], say, [chosen, table, asked])
+
+
+cli = App(name="app.py", help="The page of qlora-tune, for a browser on this machine.")
+
+
+@cli.default
+def serve(
+    *,
+    host: Annotated[str, Parameter(help="Address to listen on; others than 127.0.0.1 need --user.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 7860,
+    user: Annotated[str, Parameter(help="Ask for this name and a password: $QLORA_TUNE_PASSWORD, or typed.")] = "",
+    share: Annotated[bool, Parameter(help="Publish through Gradio's tunnel; needs --user.")] = False,
+    folder: Annotated[str, Parameter(name="--runs-dir", help="Folder that holds all runs.")] = "runs",
+) -> None:
+    """Serve the page until Ctrl-C. Runs go on without it."""
+    global runs_dir
+    runs_dir, public = folder, share or host not in page_guard.LOOPBACK
+    auth = page_guard.ask_password(user, public)
+    launch.remove_old_uploads(runs_dir)
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nobody else's
+    build().launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=share,
+        app_kwargs=page_guard.app_options(public, MAX_UPLOAD_BYTES),
+        max_file_size=MAX_UPLOAD_BYTES,
+        theme=gr.themes.Default(**fonts),
+        css=parts.STYLE,
+        ssr_mode=False,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"qlora-tune: http://{host}:{port}   (Ctrl-C ends the page; a run goes on)", flush=True)
+    threading.Thread(target=pick_here, daemon=True).start()  # imports torch while the page is being looked at
+    threading.Event().wait()
+
+
+def main() -> int:
+    try:
+        cli(exit_on_error=False, print_error=False)
+    except (CycloptsError, TuneError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

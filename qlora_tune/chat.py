@@ -1,0 +1,138 @@
+"""A trained adapter to talk to: one loaded base that answers as itself or tuned, and the merged model beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_tune.chat_format import ChatFormat
+from qlora_tune.errors import ModelError
+from qlora_tune.export import ADAPTER_FILES, TOKENIZER_FILES, open_adapter
+from qlora_tune.generate import fit_context, stream_reply
+from qlora_tune.launch import UPLOADS
+from qlora_tune.runs import list_runs
+from qlora_tune.shapes import Example
+from qlora_tune.turns import Message
+
+Voice = Literal["base", "tuned", "merged"]
+MAX_ADAPTER_BYTES = 8 << 30  # unpacked; a rank-512 adapter of a 14B base has 4 GB
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A base with an adapter, and the merged model where one was exported."""
+
+    model: Any
+    chat: ChatFormat
+    merged: Any | None = None
+
+    @property
+    def voices(self) -> list[Voice]:
+        """What can answer here."""
+        return ["base", "tuned", *(["merged"] if self.merged is not None else [])]  # type: ignore[list-item]
+
+    def fit(self, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+        """The conversation without the oldest turns that no longer fit the context, as fit_context leaves them out."""
+        return fit_context(self.model, self.chat, messages, max_new_tokens)
+
+    def reply(self, voice: Voice, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
+        """Stream one answer; `sampling` is max_new_tokens, temperature and top_p of stream_reply."""
+        if voice == "merged" and self.merged is None:
+            raise ModelError("There is no merged model of this run. Export one first: on the page, or export --merged.")
+        model = self.merged if voice == "merged" else self.model
+        # With its adapter disabled the model is the base, to the last bit.
+        with self.model.disable_adapter() if voice == "base" else contextlib.nullcontext():
+            yield from stream_reply(model, self.chat, messages, **sampling)
+
+
+def answer_sides(
+    model: ChatModel,
+    voices: Sequence[Voice | None],
+    histories: Sequence[list[Message]],
+    system: str,
+    **sampling: Any,
+) -> Iterator[list[list[Message]]]:
+    """Let several voices answer, one after the other, each its own history; yields all histories as they grow.
+
+    A history ends with the question. A side whose voice is None is passed over. An empty answer can't stand in a
+    history, because templates would render a turn that never was learned: then the last question goes too.
+    """
+    sides = [list(history) for history in histories]
+    opening = [Message(role="system", content=system.strip())] if system.strip() else []
+    for number, voice in enumerate(voices):
+        if voice is None:
+            continue
+        asked, said = sides[number], ""
+        for piece in model.reply(voice, model.fit([*opening, *asked], sampling["max_new_tokens"]), **sampling):
+            said += piece
+            sides[number] = [*asked, Message(role="assistant", content=said)]
+            yield list(sides)
+        sides[number] = sides[number] if said.strip() else asked[:-1]
+    yield sides
+
+
+def before_last_question(history: Sequence[Message]) -> tuple[list[Message], str]:
+    """A history without its last question and what followed, and that question, to ask it again."""
+    places = [index for index, turn in enumerate(history) if turn["role"] == "user"]
+    return (list(history[: places[-1]]), history[places[-1]]["content"]) if places else ([], "")
+
+
+def split_example(example: Example) -> tuple[str, list[Message], str, str]:
+    """A row as a chat takes it up: system prompt, the turns before the last question, that question, its answer."""
+    *before, question, answer = example.messages
+    system = "".join(turn["content"] for turn in before if turn["role"] == "system")
+    return system, [turn for turn in before if turn["role"] != "system"], question["content"], answer["content"]
+
+
+def load_chat(adapter: Path, model_name_or_path: str | None = None, merged: Path | None = None) -> ChatModel:
+    """Load an adapter's folder on its base, and a merged model's folder if one is given.
+
+    Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
+    """
+    trained = open_adapter(adapter, model_name_or_path)
+    return ChatModel(trained.load(), trained.chat, trained.load_merged(merged) if merged else None)
+
+
+def list_adapters(runs_dir: str | Path) -> dict[str, Path]:
+    """The adapters that can be talked to, by name: of runs, newest first, then those opened from a zip."""
+    tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.has_adapter}
+    opened = sorted((Path(runs_dir) / UPLOADS).glob("*/adapter_config.json"))
+    return tuned | {f"{path.parent.name} (opened)": path.parent for path in opened}
+
+
+def unpack_adapter(packed: Path, folder: Path) -> Path:
+    """Unpack an exported adapter into a folder of its own under `folder`; returns the adapter's folder.
+
+    Only the files that an export writes are taken, by name and without their folders, so that nothing lands
+    elsewhere. Raises ModelError where the file is no such zip, or is larger than MAX_ADAPTER_BYTES unpacked.
+    """
+    wanted = {*ADAPTER_FILES, *TOKENIZER_FILES, "adapter_config.json", "generation_config.json", "README.md"}
+    try:
+        with zipfile.ZipFile(packed) as archive:
+            members = {Path(entry.filename).name: entry for entry in archive.infolist() if not entry.is_dir()}
+            chosen = {name: entry for name, entry in members.items() if name in wanted}
+            if not chosen.keys() >= {*ADAPTER_FILES, "adapter_config.json"}:
+                raise ModelError(
+                    f"{packed.name}: no adapter made by qlora-tune. Expected the zip that `export` writes, with "
+                    f"{', '.join((*ADAPTER_FILES, 'adapter_config.json'))}."
+                )
+            if sum(entry.file_size for entry in chosen.values()) > MAX_ADAPTER_BYTES:
+                raise ModelError(f"{packed.name}: is larger than {MAX_ADAPTER_BYTES >> 30} GiB unpacked, so it is not.")
+            target = Path(tempfile.mkdtemp(prefix=f"{packed.stem[:40]}-", dir=folder))
+            try:
+                for name, entry in chosen.items():
+                    with archive.open(entry) as source, (target / name).open("wb") as copy:
+                        shutil.copyfileobj(source, copy)
+                open_adapter(target)  # refuses another base before anything is loaded
+            except BaseException:
+                shutil.rmtree(target, ignore_errors=True)
+                raise
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(f"{packed.name}: no zip that can be read ({error}).") from None
+    return target

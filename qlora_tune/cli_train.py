@@ -1,0 +1,226 @@
+"""The terminal face of training and scoring: make or find a run, train it, let it answer, say what came out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from qlora_tune import terminal
+from qlora_tune.cli_data import DataFiles
+from qlora_tune.config import ResolvedConfig, TrainConfig, resolve_config
+from qlora_tune.errors import ConfigError, TuneError
+from qlora_tune.flags import AnySettings, given_flags
+from qlora_tune.launch import DeviceLock, lock_device, refuse_busy_device
+from qlora_tune.model import quiet_stack
+from qlora_tune.plan import pick_here
+from qlora_tune.runs import Run, latest_run, new_run, open_run
+from qlora_tune.terminal import console, say
+
+if TYPE_CHECKING:
+    from qlora_tune.chat_format import ChatFormat
+    from qlora_tune.export import Trained
+    from qlora_tune.prepare import Setup
+    from qlora_tune.shapes import Example
+
+ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
+OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
+RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
+
+
+class Stopped(Exception):  # noqa: N818 - a stop is no error
+    """A run was stopped by a signal and saved; the exit code tells the shell."""
+
+    code = 130
+
+
+def train(
+    *files: DataFiles,
+    config: ConfigFile = None,
+    resume: Annotated[Path | None, Parameter(help="Run to go on with, as it was set up.", show_default=False)] = None,
+    settings: AnySettings = None,
+) -> None:
+    """Train an adapter on FILES and score it on held-out rows."""
+    if resume is not None:
+        given = [*files, *given_flags(settings), *(["config"] if config else [])]
+        if given:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings; {', '.join(map(str, given))} can't be changed. "
+                "Start a new run instead."
+            )
+        _resume(open_run(resume))
+        return
+    launched = _find_launched(config) if config and not files and not given_flags(settings) else None
+    run = _start(launched) if launched else train_settings(resolve_settings(files, config, settings))
+    say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
+
+
+def evaluate(
+    run: Path | None = None,
+    *,
+    data: Annotated[tuple[str, ...], Parameter(help=OTHER_HELP, negative=(), show_default=False)] = (),
+    runs_dir: RunsDir = "runs",
+) -> None:
+    """Score a finished run again: base and tuned model answer the held-out rows, or those of other files."""
+    from qlora_tune.prepare import other_examples
+
+    found = find_run(run, runs_dir)
+    config, trained = found.read_config(), open_trained(found, None)
+    examples, report = other_examples(found, data, trained.chat) if data else (found.read_heldout(), None)
+    if report and report.problems:
+        say(f"{report.rejected} of {report.rows_in} rows not scored:")
+        terminal.show_problems(report)
+    name = "-".join(Path(file).stem for file in data)
+    _score(found, config, trained.load(), trained.chat, examples, name)
+
+
+def resolve_settings(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
+    flags = given_flags(settings)
+    if files:
+        flags["data"] = [*files, *flags.get("data", [])]
+    return resolve_config(flags, config, pick_here)
+
+
+def find_run(name: Path | None, runs_dir: str) -> Run:
+    run = open_run(name, runs_dir) if name else latest_run(runs_dir)
+    run.require_adapter()
+    quiet_stack(run.log_file)
+    return run
+
+
+def open_trained(run: Run, model_name_or_path: str | None) -> Trained:
+    from qlora_tune.export import open_adapter
+
+    return open_adapter(run.adapter, model_name_or_path)
+
+
+def train_settings(resolved: ResolvedConfig) -> Run:
+    """Make a run, train, score. Raises Stopped when a signal ended it."""
+    from qlora_tune.model import detect_device
+    from qlora_tune.prepare import prepare
+
+    kind = detect_device().kind
+    refuse_busy_device(kind)
+    setup = prepare(resolved.config)
+    with _device(kind) as lock:
+        run = new_run(resolved.config)
+        lock.write_holder(run)
+        quiet_stack(run.log_file)
+        say(f"preset {resolved.config.preset}: {resolved.preset_reason}")
+        return _fit(run, resolved.config, setup, resume=False)
+
+
+def _find_launched(config: Path) -> Run | None:
+    """The run whose settings this file holds, where it was made and waits for its process."""
+    run = Run(config.parent)
+    waits = config.name == "config.toml" and (run.path / "state.json").is_file()
+    return run if waits and run.read_state()["status"] == "preparing" else None
+
+
+def _start(run: Run, resume: bool = False) -> Run:
+    """Train a run whose folder exists. Raises Stopped when a signal ended it."""
+    from qlora_tune.model import detect_device
+    from qlora_tune.prepare import prepare
+
+    with _device(detect_device().kind) as lock:
+        lock.write_holder(run)
+        quiet_stack(run.log_file)
+        config = run.read_config()
+        try:
+            return _fit(run, config, prepare(config), resume)
+        except TuneError as error:
+            if run.read_state()["status"] == "preparing":
+                run.update_state(status="failed", reason=str(error))
+            raise
+
+
+def _resume(run: Run) -> None:
+    run.require_unfinished()
+    _start(run, resume=True)
+
+
+@contextlib.contextmanager
+def _device(kind: str) -> Iterator[DeviceLock]:
+    lock = lock_device(kind)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+    from qlora_tune.prepare import data_files
+
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    say(
+        f"run {run.path}\n"
+        f"data {', '.join(data_files(config))}\n"
+        f"base {setup.base.name} {'in 4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else 'unquantized'}, "
+        f"{setup.precision}, on {setup.device.name}\n"
+        f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
+        f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "
+        f"LoRA r {config.lora_r}"
+    )
+    for file, notes in setup.data.report.notes.items():
+        for note in notes:
+            say(f"{Path(file).name}: {note}")
+    terminal.show_data_summary(setup.data.summary())
+    report = setup.data.report
+    if report.rejected or report.changed:
+        say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
+        terminal.show_problems(report)
+    try:
+        return _fit_and_score(run, config, setup, resume)
+    finally:
+        run.update_state(pid=None)
+
+
+def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+    from qlora_tune.train import train as fit
+
+    with terminal.TrainProgress(resume) as progress:
+        result = fit(config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
+    if result.status == "stopped":
+        say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
+        raise Stopped
+    loss = run.read_state().get("eval_loss")
+    if loss is not None:
+        say(f"held-out loss of the adapter that was kept: {loss:.4f}")
+    console.rule("score", align="left")
+    try:
+        _score(run, config, result.model, setup.chat, setup.data.heldout_examples)
+    except KeyboardInterrupt:
+        say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
+        raise
+    return run
+
+
+def _score(
+    run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = ""
+) -> None:
+    from qlora_tune import evaluate as scores
+
+    if not examples or not config.score_rows:
+        why = "--score-rows is 0" if examples else "no rows are held out (--heldout-data FILE)"
+        say(f"not scored: {why}")
+        return
+    with terminal.scoring_progress() as progress:
+        comparison = scores.compare(
+            model,
+            chat,
+            examples,
+            score_rows=config.score_rows,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.per_device_eval_batch_size,
+            seed=config.seed,
+            on_progress=progress,
+        )
+    answers = scores.write_comparison(run, comparison, name)
+    if not name:
+        total = comparison.total()
+        run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
+    terminal.show_comparison(comparison)
+    say(f"all answers: {answers}")

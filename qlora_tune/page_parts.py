@@ -1,0 +1,353 @@
+"""What the page shows, as HTML: tokens, conversations, the card beside Start, plots, tables. No scripts, no loads.
+
+Every text from data, names or models is escaped by the templates. The result has no line breaks of its own, so that
+a Markdown component takes it as one block and leaves it alone. Plots are SVG made here, because the plot components
+of page libraries evaluate code in the browser, which the page's Content-Security-Policy forbids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from qlora_tune.check import CheckReport
+from qlora_tune.check_page import STYLE as REPORT_STYLE
+from qlora_tune.check_page import render_check
+from qlora_tune.config import TrainConfig, describe_value
+from qlora_tune.evaluate import Answered, Comparison, is_exact_match
+from qlora_tune.plan import Plan
+from qlora_tune.preview import RowView
+from qlora_tune.runs import Run
+from qlora_tune.terminal import printable
+from qlora_tune.turns import Message
+
+POINTS = 400  # of one curve
+WIDTH, HEIGHT, LEFT, BOTTOM = 620, 240, 62, 34  # of a plot, and its margins [px]
+COLOURS = 6
+
+STYLE = (
+    """
+:root { --line: #8884; --error: #c62828; --warning: #9a5b00; --note: #666; --bar: #2e7d32; --learned: #c8ecca;
+  --c0: #1565c0; --c1: #d84315; --c2: #2e7d32; --c3: #8e24aa; --c4: #00838f; --c5: #8d6e00; }
+.dark { --error: #ff8a80; --warning: #ffb74d; --note: #aaa; --bar: #66bb6a; --learned: #1f5a24;
+  --c0: #64b5f6; --c1: #ff8a65; --c2: #81c784; --c3: #ce93d8; --c4: #4dd0e1; --c5: #ffd54f; }
+.part { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; }
+.part pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 .75rem; padding: .5rem; font-size: 13px;
+  border: 1px solid var(--line); border-radius: 6px; max-height: 26rem; overflow: auto; background: none; }
+.part h2, .part h3 { font-size: 15px; font-weight: 600; margin: .75rem 0 .25rem; } .part p { margin: .25rem 0; }
+.part table { display: table; border-collapse: collapse; width: 100%; font-size: 13px; margin: .25rem 0; }
+.part th, .part td { border: 0; border-bottom: 1px solid var(--line); padding: .25rem .5rem .25rem 0;
+  text-align: left; vertical-align: top; }
+.part td.n, .part th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.part .wide { overflow-x: auto; } .part th { font-weight: 600; } .part .key { white-space: nowrap; }
+.part svg { width: 100%; max-width: 680px; height: auto; } .part svg text { fill: currentColor; font-size: 12px; }
+.good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
+.soft { color: var(--note); }
+.tokens span { border-radius: 2px; } .tokens .l { background: var(--learned); } .tokens .c { font-weight: 700; }
+.tokens span:nth-child(even) { text-decoration: underline dotted #8886; text-underline-offset: 3px; }
+.turn { border-left: 3px solid var(--line); padding: .1rem .6rem; margin: .4rem 0; white-space: pre-wrap; }
+.turn.assistant { border-color: var(--bar); } .turn b { display: block; font-size: 12px; color: var(--note); }
+.meter { height: 10px; border-radius: 5px; background: var(--line); overflow: hidden; margin: .2rem 0; }
+.meter div { height: 100%; background: var(--bar); } .meter.over div { background: var(--error); }
+.gradio-container { max-width: 1240px !important; } footer { display: none !important; }
+.prose { max-width: none !important; } .prose .part table, .prose .part tr, .prose .part th, .prose .part td {
+  border-color: var(--line) !important; border-width: 0 0 1px !important; } .prose .part table { border: 0 !important; }
+.bar { align-items: flex-end !important; } .bar > button { height: 44px; white-space: nowrap; }
+.pane { min-height: 7rem; }
+.bar .form { background: none !important; }
+.card { position: sticky; top: 8px; align-self: flex-start; border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px; max-height: calc(100vh - 16px); overflow: auto; flex-wrap: nowrap; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
+.part figure { margin: .5rem 0; }
+@media (max-width: 900px) { .card { position: static; max-height: none; } }
+.curve { fill: none; stroke-width: 2; } .grid { stroke: var(--line); } .figures { display: flex; flex-wrap: wrap; }
+.figures div { margin: 0 1.5rem .25rem 0; } .figures b { display: block; font-size: 17px; white-space: nowrap; }
+.legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: 14px; height: 3px;
+  margin-right: .35rem; vertical-align: middle; }
+"""
+    + "".join(f".s{n} {{ stroke: var(--c{n}); background: var(--c{n}); }} " for n in range(COLOURS))
+    + REPORT_STYLE
+)
+
+_TEMPLATES = {
+    "row": """<h3>{{ view.source }} <span class="soft">{{ view.shape }}</span></h3>
+{% for problem in view.problems %}<p class="warning">{{ problem }}</p>{% endfor %}
+{% for tokens in view.sequences %}<p>{{ tokens | length }} tokens, {{ tokens | selectattr("learned") | list | length }}
+learned (coloured); control tokens bold.</p><pre class="tokens" tabindex="0">
+{%- for token in tokens %}<span class="{{ "l" if token.learned }}{{ " c" if token.control }}">
+{{- token.text | shown }}</span>{% endfor %}</pre>{% endfor %}
+{% for example in view.examples %}<h3>As a conversation{{ " (task: %s)" % example.task if example.task }}</h3>
+{{ conversation(example.messages) }}{% endfor %}
+<details><summary>As it stands in the file</summary><pre tabindex="0">{{ raw }}</pre></details>""",
+    "conversation": """{% if not messages %}<p class="soft">{{ empty }}</p>{% endif %}
+{% for turn in messages %}<div class="turn {{ turn.role }}"><b>{{ names.get(turn.role, turn.role) }}
+{{- " (not learned)" if turn.learn is defined and not turn.learn }}</b>{{ turn.content | shown }}
+{%- for call in turn.tool_calls or () %}
+{{ call.name }}({{ call.arguments }}){% endfor %}</div>{% endfor %}""",
+    "card": """{% if plan.problems %}<p class="bad" role="alert">Not ready</p>
+{% for problem in plan.problems %}<p>{{ problem }}</p>{% endfor %}
+{% else %}<p class="good" role="status">Ready</p>{% endif %}
+<table>{% for name, value in plan.facts %}<tr><th scope="row" class="key">{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}</table>{% if plan.memory %}<p>Memory at most about {{ plan.memory.peak_bytes | gb }} of
+{{ plan.device.memory_bytes | gb }} on {{ plan.device.name }}</p>
+<div class="meter {{ "over" if plan.memory_share > 1 }}" role="img"
+aria-label="{{ "%.0f" % (100 * plan.memory_share) }} % of memory">
+<div style="width: {{ [100 * plan.memory_share, 100] | min }}%"></div></div>
+<details><summary>by part</summary><table>{% for part, size in plan.memory.parts.items() %}
+<tr><td>{{ part }}</td><td class="n">{{ size | gb }}</td></tr>{% endfor %}</table></details>{% endif %}
+{% if plan.changes %}<details><summary>what preset {{ plan.preset }} changes ({{ plan.changes | length }})</summary>
+<table>{% for name, value in plan.changes.items() %}<tr><td>{{ name }}</td><td class="n">{{ value }}</td></tr>
+{% endfor %}</table></details>{% endif %}""",
+    "run": """<p><b>{{ run.name }}</b>: {{ words }}</p>
+{% if state.reason %}<p class="bad">{{ state.reason }}</p>{% endif %}
+{% if last %}<div class="figures">{% for name, value in figures %}<div><span class="soft">{{ name }}</span>
+<b>{{ value }}</b></div>{% endfor %}</div>
+<div class="meter" role="progressbar" aria-valuenow="{{ last.step }}" aria-valuemin="0"
+aria-valuemax="{{ last.total_steps }}" aria-label="steps"><div style="width: {{ 100 * last.step / last.total_steps }}%">
+</div></div>{% endif %}<div class="plots">{{ plots }}</div>""",
+    "plot": """<figure><figcaption class="legend"><b>{{ title }}</b>&nbsp; {% for curve in curves %}<span><i
+class="s{{ loop.index0 % colours }}"></i>{{ curve.name }}</span>{% endfor %}</figcaption>
+<svg viewBox="0 0 {{ width }} {{ height }}" role="img"
+aria-label="{{ title }}: {{ curves | map(attribute="name") | join(", ") }}">
+{% for y, label in y_ticks %}<line class="grid" x1="{{ left }}" x2="{{ width }}" y1="{{ y }}" y2="{{ y }}" />
+<text x="{{ left - 6 }}" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>{% endfor %}
+{% for x, label in x_ticks %}<text x="{{ x }}" y="{{ height - 18 }}" text-anchor="middle">{{ label }}</text>{% endfor %}
+<text x="{{ width }}" y="{{ height - 2 }}" text-anchor="end">step</text>
+{% for line, dots, name in drawn %}<polyline class="curve s{{ loop.index0 % colours }}" points="{{ line }}"><title>
+{{- name }}</title></polyline>{% for x, y, text in dots %}<circle cx="{{ x }}" cy="{{ y }}" r="3"
+style="fill: var(--c{{ number[name] }})"><title>{{ text }}</title></circle>{% endfor %}{% endfor %}
+</svg></figure>""",
+    "table": """{% if title %}<h3>{{ title }}</h3>{% endif %}<div class="wide" tabindex="0" role="region"
+aria-label="{{ title or heads[0] }}"><table><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table></div>""",
+    "answers": """{% for answer in answers %}<h3>{{ answer.source }} <span class="soft">{{ answer.task }}</span>
+{% if right(answer) %}<span class="good">✓ exact</span>{% else %}<span class="bad">✗ differs</span>{% endif %}</h3>
+{{ conversation(answer.prompt) }}<table>{% for name, text in (("expected", answer.reference), ("base", answer.base),
+("tuned", answer.tuned)) %}<tr><th scope="row" class="key">{{ name }}</th><td>{{ text | shown }}</td></tr>{% endfor %}
+</table>{% endfor %}""",
+    "log": """<pre tabindex="0">{{ text | shown }}</pre>""",
+    "say": """{% for line in lines %}<p class="{{ kind }}" {% if kind == "bad" %}role="alert"{% endif %}>{{ line }}</p>
+{% endfor %}""",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot: points of step and value; few of them are drawn as dots too."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def show_message(text: str, kind: str = "") -> str:
+    """Plain words, a paragraph a line; kind is "bad" for problems, "good", "soft" or nothing."""
+    return _render("say", lines=text.splitlines(), kind=kind)
+
+
+def show_check(report: CheckReport) -> str:
+    """The report on data files."""
+    return _block(Markup('<div class="part report">{}</div>').format(render_check(report)))
+
+
+def show_row(view: RowView) -> str:
+    """One row: its tokens, the learned ones coloured, its conversation, and as it stood."""
+    raw = json.dumps(view.raw, indent=1, ensure_ascii=False, default=str) if view.raw is not None else ""
+    return _render("row", view=view, raw=raw if not isinstance(view.raw, str) else view.raw)
+
+
+def show_conversation(messages: Sequence[Message], assistant: str = "assistant") -> str:
+    """The turns of a conversation as plain text; `assistant` says who answers."""
+    empty = f"What {assistant} answers appears here."
+    return _render("conversation", messages=messages, names={"assistant": assistant}, empty=empty)
+
+
+def show_sides(sides: Sequence[Sequence[Message]], voices: Sequence[str]) -> list[str]:
+    """Conversations side by side, one for each voice."""
+    return [show_conversation(turns, who) for turns, who in zip(sides, voices, strict=True)]
+
+
+def show_card(plan: Plan) -> str:
+    """The card beside Start."""
+    return _render("card", plan=plan)
+
+
+def show_run(run: Run) -> str:
+    """A run's state in words, its figures, and its curves so far."""
+    state, metrics = run.read_state(), run.read_metrics()
+    steps = [entry for entry in metrics if "loss" in entry]
+    last = steps[-1] if steps else None
+    figures = _figures(last, metrics, state) if last else []
+    plots = show_losses([run]) + _plot("learning rate", [_curve("learning rate", metrics, "learning_rate")])
+    words = _state_words(run, state)
+    return _render("run", run=run, state=state, words=words, last=last, figures=figures, plots=Markup(plots))
+
+
+def show_log(text: str) -> str:
+    """The end of a log as it is."""
+    return _render("log", text=text)
+
+
+def show_losses(runs: Sequence[Run]) -> str:
+    """The loss curves of runs over each other, training and held-out."""
+    curves = []
+    for run in runs:
+        front = f"{run.name}: " if len(runs) > 1 else ""
+        metrics = run.read_metrics()
+        curves += [_curve(f"{front}training", metrics, "loss"), _curve(f"{front}held-out", metrics, "eval_loss")]
+    return _plot("loss", curves)
+
+
+def show_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:
+    """A table of plain cells."""
+    return _render("table", heads=heads, rows=rows, title=title)
+
+
+def show_runs(runs: Sequence[Run]) -> str:
+    """All runs with state, preset, data and scores."""
+    rows = []
+    for run in runs:
+        state = run.read_state()
+        score, loss = state.get("score_tuned"), state.get("eval_loss")
+        rows.append(
+            (
+                run.name,
+                _state_words(run, state),
+                state.get("preset", "?"),
+                ", ".join(file.rpartition("/")[2] for file in run.read_config().data) or "the built-in sample",
+                "" if loss is None else f"{loss:.4f}",
+                "" if score is None else f"{state['score_base']:.0%} → {score:.0%}",
+            )
+        )
+    if not rows:
+        return show_message("No runs yet. Start one on the tab Train.", "soft")
+    return show_table(("run", "state", "preset", "data", "held-out loss", "exact match, base → tuned"), rows)
+
+
+def show_differences(runs: Sequence[Run]) -> str:
+    """The settings in which runs differ, and nothing else."""
+    configs = [run.read_config() for run in runs]
+    rows = []
+    for name in TrainConfig.model_fields:
+        values = [describe_value(getattr(config, name)) for config in configs]
+        if len(set(values)) > 1 and name != "run_name":
+            rows.append((name, *values))
+    if not rows:
+        return show_message("These runs have the same settings.", "soft")
+    return show_table(("setting", *(run.name for run in runs)), rows, "settings that differ")
+
+
+def show_scores(comparison: Comparison, name: str) -> str:
+    """The score table, base against tuned."""
+    scores = [*comparison.by_task(), comparison.total()]
+    rows = [(s.task, s.rows, f"{s.base / max(s.rows, 1):.0%}", f"{s.tuned / max(s.rows, 1):.0%}") for s in scores]
+    return show_table(("task", "rows", "base", "tuned"), rows, f"exact match on held-out rows: {name}")
+
+
+def show_answers(answers: Sequence[Answered]) -> str:
+    """Scored answers, base and tuned beside what was expected."""
+    return _render("answers", answers=answers, right=lambda answer: is_exact_match(answer.tuned, answer.reference))
+
+
+def _figures(last: dict[str, Any], metrics: Sequence[dict[str, Any]], state: dict[str, Any]) -> list[tuple[str, str]]:
+    held_out = [entry["eval_loss"] for entry in metrics if "eval_loss" in entry]
+    going = state["status"] == "running"
+    return [
+        ("step", f"{last['step']} of {last['total_steps']}"),
+        ("loss", f"{last['loss']:.3f}"),
+        ("held-out loss", f"{held_out[-1]:.3f}" if held_out else "not yet"),
+        ("speed", f"{last.get('tokens_per_s', 0):,.0f} tokens/s"),
+        ("memory", _gb(last["memory_bytes"])),
+        ("time left", str(timedelta(seconds=int(last["left_s"]))) if going else "–"),
+    ]
+
+
+def _state_words(run: Run, state: dict[str, Any]) -> str:
+    status = str(state["status"])
+    if status == "finished" and run.is_alive():
+        return "trained and saved; answering the held-out rows"
+    return {"preparing": "preparing: reading the rows, loading the base"}.get(status, status)
+
+
+def _curve(name: str, metrics: Sequence[dict[str, Any]], key: str) -> Curve:
+    points = [(e["step"], e[key]) for e in metrics if math.isfinite(e.get(key, math.nan))]
+    stride = math.ceil(len(points) / POINTS) or 1
+    return Curve(name, points[::stride] + (points[-1:] if len(points) > 1 and (len(points) - 1) % stride else []))
+
+
+def _plot(title: str, curves: Sequence[Curve]) -> str:
+    points = [point for curve in curves for point in curve.points]
+    if not points:
+        return ""
+    x_ticks, y_ticks = (_ticks([point[axis] for point in points]) for axis in (0, 1))
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        x = (point[0] - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        y = (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(LEFT + x * (WIDTH - LEFT - 12), 1), round(8 + (1 - y) * (HEIGHT - BOTTOM - 8), 1)
+
+    drawn = []
+    for curve in curves:
+        line = " ".join("{},{}".format(*place(point)) for point in curve.points)
+        few = curve.points if len(curve.points) <= 12 else ()
+        drawn.append((line, [(*place(p), f"{curve.name}: {p[1]:.4g} at step {p[0]}") for p in few], curve.name))
+    return _render(
+        "plot",
+        title=title,
+        curves=curves,
+        drawn=drawn,
+        number={curve.name: index % COLOURS for index, curve in enumerate(curves)},
+        x_ticks=[(place((tick, y_ticks[0]))[0], f"{tick:g}") for tick in x_ticks],
+        y_ticks=[(place((x_ticks[0], tick))[1], f"{tick:.3g}") for tick in y_ticks],
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+    )
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Four to eight round numbers that reach around the values."""
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
+    first = math.floor(low / step)
+    return [number * step for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
+
+
+def _render(template: str, **values: Any) -> str:
+    html = _environment().get_template(template).render(**values, colours=COLOURS)
+    return _block(Markup('<div class="part">{}</div>').format(Markup(html)))
+
+
+def _block(html: str) -> str:
+    # Line breaks of data are entities by now; those left are the templates'.
+    return str(html).replace("\r", " ").replace("\n", " ")
+
+
+def _shown(text: Any) -> Markup:
+    """Text of data or a model: control characters in sight, line breaks as entities."""
+    return Markup(str(escape(printable(str(text)))).replace("\r", "&#13;").replace("\n", "&#10;"))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import DictLoader
+
+    environment = Environment(
+        loader=DictLoader(_TEMPLATES), autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else _shown(v)
+    )
+    environment.filters |= {"shown": _shown, "gb": _gb}
+    environment.globals["conversation"] = lambda messages: Markup(show_conversation(messages))
+    return environment

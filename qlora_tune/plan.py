@@ -1,0 +1,132 @@
+"""What a run would do and take, and why it can't start where it can't: the card beside Start. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qlora_tune import model as models
+from qlora_tune.base import download_bytes, is_local
+from qlora_tune.config import ResolvedConfig, TrainConfig, describe_value, load_preset, pick_preset, resolve_config
+from qlora_tune.errors import TuneError
+from qlora_tune.estimate import MemoryEstimate, estimate_memory, estimate_seconds
+from qlora_tune.flags import command_line
+from qlora_tune.launch import refuse_busy_device
+from qlora_tune.model import Device
+from qlora_tune.prepare import Setup, data_files, prepare, refuse_other_device
+from qlora_tune.runs import fingerprint_files, list_runs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is started. Ready when `problems` is empty; facts are in words, in the order to be shown."""
+
+    command: str
+    config: TrainConfig | None = None
+    device: Device | None = None
+    preset: str = ""
+    changes: dict[str, str] = field(default_factory=dict)  # what the preset sets, as values in words
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    memory: MemoryEstimate | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def memory_share(self) -> float:
+        """Estimated peak memory against the device's."""
+        return self.memory.peak_bytes / self.device.memory_bytes if self.memory and self.device else 0.0
+
+
+def plan_run(flags: Mapping[str, Any]) -> Plan:
+    """Say what a run with these settings would do, over those of its preset. Never raises a TuneError: it is told."""
+    command = command_line(flags)
+    try:
+        resolved = resolve_config(flags, pick_auto=pick_here)
+    except TuneError as error:
+        return Plan(command, problems=str(error).splitlines())
+    config, device = resolved.config, models.detect_device()
+    changes = {} if config.preset == "none" else load_preset(config.preset).settings
+    facts = [("preset", f"{config.preset}: {resolved.preset_reason}"), ("base model", _base_words(config))]
+    told: dict[str, Any] = {
+        "config": config,
+        "device": device,
+        "preset": config.preset,
+        "changes": {name: describe_value(value) for name, value in changes.items()},
+    }
+    problems: list[str] = []
+    memory = None
+    try:
+        refuse_other_device(config.preset, device)
+        if is_local(config.model_name_or_path):
+            setup = _prepare(config.model_dump_json(include=_PREPARED), fingerprint_files(data_files(config)))
+            longest = max(len(sequence.input_ids) for sequence in setup.data.train)
+            summary = setup.data.summary()
+            learned = summary["learned_tokens"] / summary["train_tokens"]
+            memory = estimate_memory(setup.base, config, device, setup.precision, longest, learned)
+            facts += _setup_facts(setup, resolved)
+            if memory.peak_bytes > device.memory_bytes:
+                problems.append(
+                    "It would need more memory than there is. Try a smaller batch size with more gradient "
+                    "accumulation, a smaller max_length, activation_checkpointing on, or a smaller preset."
+                )
+        else:
+            size = download_bytes(config.model_name_or_path, config.model_revision)
+            facts.append(("download", f"{size / 1e9:.1f} GB, when the run starts; rows are counted after it"))
+        refuse_busy_device(device.kind)
+    except TuneError as error:
+        problems += str(error).splitlines()
+    except OSError as error:
+        problems.append(f"{error.filename or 'this machine'}: {error.strerror or error}")
+    return Plan(command, facts=facts, memory=memory, problems=problems, **told)
+
+
+def pick_here() -> tuple[str, str]:
+    """The preset for this machine, and the reason."""
+    from qlora_tune.base import is_downloaded
+
+    device = models.detect_device()
+    return pick_preset(device.kind, device.memory_bytes / 1e9, is_downloaded)
+
+
+# What decides the rows and their tokens; the card follows all other settings without reading them again.
+_PREPARED = {
+    *("preset", "model_name_or_path", "model_revision", "dtype", "chat_template", "data", "heldout_data"),
+    *("map", "encoding", "heldout_share", "max_length", "long_chats", "seed"),
+}
+
+
+@lru_cache(maxsize=4)
+def _prepare(settings: str, data_fingerprint: str) -> Setup:
+    """The rows as tokens, kept while neither settings nor the content of the files change."""
+    return prepare(TrainConfig.model_validate_json(settings))
+
+
+def _base_words(config: TrainConfig) -> str:
+    held = f"in 4-bit {config.bnb_4bit_quant_type}" if config.load_in_4bit else "unquantized"
+    return f"{config.model_name_or_path}, {held}, LoRA r {config.lora_r}"
+
+
+def _setup_facts(setup: Setup, resolved: ResolvedConfig) -> list[tuple[str, str]]:
+    config, summary = resolved.config, setup.data.summary()
+    steps = setup.total_steps(config)
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    seconds = estimate_seconds(
+        setup.base, config, setup.device, setup.precision, summary, steps, list_runs(config.runs_dir)
+    )
+    lost = summary["rows_in"] - summary["rows_kept"]
+    return [
+        ("data", ", ".join(Path(file).name for file in data_files(config))),
+        ("rows", f"{summary['rows_in']:,} read, {lost:,} rejected, {summary['rows_changed']:,} changed"),
+        ("split", f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out"),
+        (
+            "tokens",
+            f"{summary['train_tokens']:,}, of which {summary['learned_tokens']:,} are learned; "
+            f"longest row {summary['longest_sequence']:,}",
+        ),
+        ("steps", f"{steps:,} of {batch} × {accumulation} = {batch * accumulation} rows (effective batch)"),
+        ("time", f"about {timedelta(seconds=round(seconds))} of training on {setup.device.name}"),
+        ("download", "none: the base is on this machine"),
+    ]
