@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args
 
 from cyclopts import App, CycloptsError, Parameter
 
-from qlora_tune.model import free_memory, quiet_stack
+from qlora_tune.model import detect_device, free_memory, quiet_stack
 
 quiet_stack()
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -28,26 +28,23 @@ os.environ["GRADIO_TEMP_DIR"] = CACHE.name
 
 import gradio as gr  # reads both when it is imported
 
-from qlora_tune import launch, page_guard
+from qlora_tune import chat, launch, page_guard
 from qlora_tune import page_parts as parts
 from qlora_tune.config import TrainConfig, describe_setting, list_presets, resolve_config, shipped_path
+from qlora_tune.data import find_data, parse_columns
 from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
+from qlora_tune.evaluate import pick_answers, read_comparison
+from qlora_tune.export import export_adapter, merge_adapter, open_adapter
 from qlora_tune.flags import as_field, flags_of_fields, is_list
 from qlora_tune.plan import pick_here, plan_run
+from qlora_tune.preview import check_as_trained, view_row
+from qlora_tune.repair import repair_files
 from qlora_tune.runs import Run, list_runs, open_run
 
 SAMPLE = "the built-in sample"
 MAX_UPLOAD_BYTES = 1 << 30
-MAIN = [
-    "model_name_or_path",
-    "data",
-    "preset",
-    "num_train_epochs",
-    "max_length",
-    "per_device_train_batch_size",
-    "learning_rate",
-]
-MAIN.append("heldout_share")
+MAIN = ["model_name_or_path", "data", "preset", "num_train_epochs", "max_length"]
+MAIN += ["per_device_train_batch_size", "learning_rate", "heldout_share"]
 NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir"))]
 KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a change of preset leaves these
 WELCOME = """Look at the data first. The built-in example leads through everything in three clicks and three minutes.
@@ -62,20 +59,19 @@ def make_field(name: str) -> Any:
     field = TrainConfig.model_fields[name]
     kind, words = str(field.annotation), describe_setting(name).replace("`", "")
     about: Any = {"label": name, "info": words, "render": False}
-    if name == "preset":
-        return gr.Dropdown(["auto", *(preset.name for preset in list_presets()), "none"], value="auto", **about)
-    if name == "model_name_or_path":
-        bases = dict.fromkeys(preset.settings.get(name, "builtin") for preset in list_presets())
-        return gr.Dropdown(list(bases), value="builtin", allow_custom_value=True, **about)
-    if name == "data":
-        return gr.Dropdown([SAMPLE], value=SAMPLE, allow_custom_value=True, **about)
+    usual = as_field(getattr(resolve_config({"preset": "builtin"}).config, name))
+    names = {"preset": ["auto", *(preset.name for preset in list_presets()), "none"], "data": [SAMPLE]}
+    names["model_name_or_path"] = [*dict.fromkeys(p.settings.get(name, "builtin") for p in list_presets())]
+    if name in names:
+        return gr.Dropdown(names[name], value=names[name][0], allow_custom_value=name != "preset", **about)
     if field.annotation is bool:
-        return gr.Checkbox(field.default, **about)
+        return gr.Checkbox(usual, **about)
     if "Literal" in kind:
-        return gr.Dropdown(list(get_args(field.annotation)), value=field.default, **about)
+        return gr.Dropdown(list(get_args(field.annotation)), value=usual, **about)
     if "int" in kind or "float" in kind:
-        return gr.Number(field.default, precision=0 if field.annotation is int else None, **about)
-    return gr.Textbox(as_field(field.default), lines=2 if is_list(name) else 1, **about)
+        whole = field.annotation is int
+        return gr.Number(usual, precision=0 if whole else None, step=1 if whole else abs(usual or 1) / 10, **about)
+    return gr.Textbox(usual, lines=2 if is_list(name) else 1, **about)
 
 
 def read_fields(values: Any) -> dict[str, Any]:
@@ -103,10 +99,10 @@ def on(trigger: Any, function: Callable[..., Any], inputs: Any, say: Any, output
 
     def call(*values: Any) -> Any:
         try:
-            result = function(*values)
+            result, said = function(*values), ""
         except (TuneError, OSError) as error:
-            return parts.show_message(str(error), "bad"), *(gr.skip() for _ in outputs)
-        return "", *(result if isinstance(result, tuple) else (result,))
+            result, said = (gr.skip(),) * len(outputs), parts.show_message(str(error), "bad")
+        return (said, *(result if isinstance(result, tuple) else (result,))) if outputs else said
 
     listen = functools.partial(gr.on, trigger) if isinstance(trigger, list) else trigger
     return listen(call, inputs, [say, *outputs], **{"api_visibility": "private", "show_progress": "minimal", **options})
@@ -140,9 +136,6 @@ def find_run(name: str | None) -> Run:
 
 def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - Gradio looks for it there
     """Report on the chosen data and what the settings would cut of it, with its first row."""
-    from qlora_tune.data import find_data
-    from qlora_tune.preview import check_as_trained
-
     seen = 0
 
     def on_row() -> None:
@@ -165,15 +158,10 @@ def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  
 
 
 def show_row(file: str, line: float, *values: Any) -> str:
-    from qlora_tune.preview import view_row
-
     return parts.show_row(view_row(Path(file), int(line or 1), read_config(values)))
 
 
 def repair(report: Any, *values: Any) -> tuple[Any, ...]:
-    from qlora_tune.data import parse_columns
-    from qlora_tune.repair import repair_files
-
     config, name = read_config(values), Path(report.files[0].path).name.split(".")[0]
     with tempfile.TemporaryDirectory(dir=CACHE.name) as scratch:
         target = Path(scratch) / f"{name}-repaired.jsonl"
@@ -224,8 +212,6 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
 
 
 def resume(name: str) -> tuple[()]:
-    from qlora_tune.model import detect_device
-
     release_chat()
     launch.launch_resume(find_run(name), detect_device().kind)
     return ()
@@ -239,8 +225,6 @@ def end_run(how: Callable[[Run], None], name: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def load_chat(adapter: str, merged: str | None, stamp: int) -> Any:
     """One loaded model at a time; `stamp` is the adapter file's time, so that a new one is loaded again."""
-    from qlora_tune import chat
-
     return chat.load_chat(Path(adapter), merged=Path(merged) if merged else None)
 
 
@@ -252,20 +236,14 @@ def release_chat() -> None:
 
 def pick_adapter(name: str | None) -> Any:
     """The adapters that there are, and one chosen: by its folder, by its run's name, or the first."""
-    from qlora_tune.chat import list_adapters
-
-    choices = [(label, str(folder)) for label, folder in list_adapters(runs_dir).items()]
+    choices = [(label, str(folder)) for label, folder in chat.list_adapters(runs_dir).items()]
     wanted = [folder for label, folder in choices if name in (label, folder)] or [folder for _, folder in choices]
     return gr.Dropdown(choices, value=next(iter(wanted), None))
 
 
 def open_chat(adapter: str | None) -> Any:
-    from qlora_tune.model import detect_device
-
     if not adapter:
         raise RunError("No adapter is chosen. Train one on the tab Train, or open a zip.")
-    if (device := detect_device().kind) == "cuda":
-        launch.refuse_busy_device(device)  # both would not fit
     merged, weights = Path(adapter).parent / "merged", Path(adapter) / "adapter_model.safetensors"
     return load_chat(adapter, str(merged) if merged.is_dir() else None, weights.stat().st_mtime_ns)
 
@@ -274,8 +252,6 @@ def answer(
     prompt: str, left: list[Any], right: list[Any], adapter: str, one: str, two: str, system: str, *sampling: Any
 ) -> Iterator[tuple[Any, ...]]:
     """Stream the answers of both sides, one after the other: they share one loaded base."""
-    from qlora_tune.chat import answer_sides
-
     before, voices, shown = [left, right], (one, two), 0.0
     try:
         if not prompt.strip():
@@ -284,7 +260,7 @@ def answer(
         yield parts.show_message("Loading …", "soft"), "", *before, *parts.show_sides(sides, voices)
         given: Any = dict(zip(("temperature", "top_p", "max_new_tokens"), sampling, strict=True))
         asked: Any = [None if who == "off" else who for who in voices]
-        for grown in answer_sides(open_chat(adapter), asked, sides, system, **given):
+        for grown in chat.answer_sides(open_chat(adapter), asked, sides, system, **given):
             sides = grown
             if time.monotonic() - shown > 0.05:  # a browser need not draw each token
                 shown = time.monotonic()
@@ -297,9 +273,7 @@ def answer(
 
 def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
     """Take the last question back, to ask it again."""
-    from qlora_tune.chat import before_last_question
-
-    (rest, asked), (other, _) = before_last_question(left), before_last_question(right)
+    (rest, asked), (other, _) = chat.before_last_question(left), chat.before_last_question(right)
     return asked, rest, other
 
 
@@ -312,16 +286,12 @@ def list_examples(adapter: str | None) -> Any:
 
 def use_example(index: int, adapter: str) -> tuple[Any, ...]:
     """Put a held-out row into the fields: system prompt, what was said before, question; and what is expected."""
-    from qlora_tune.chat import split_example
-
-    system, turns, question, expected = split_example(Run(Path(adapter).parent).read_heldout()[index])
+    system, turns, question, expected = chat.split_example(Run(Path(adapter).parent).read_heldout()[index])
     return system, turns, turns, question, parts.show_message(f"Expected: {expected}", "soft")
 
 
 def open_zip(file: str) -> Any:
-    from qlora_tune.chat import unpack_adapter
-
-    return pick_adapter(str(unpack_adapter(Path(file), launch.uploads_folder(runs_dir))))
+    return pick_adapter(str(chat.unpack_adapter(Path(file), launch.uploads_folder(runs_dir))))
 
 
 def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
@@ -333,8 +303,6 @@ def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
 
 def compare_runs(names: list[str], which: Any) -> tuple[str, str, str]:
     """Curves and differences of the chosen runs; scores and answers of the first one."""
-    from qlora_tune.evaluate import pick_answers, read_comparison
-
     runs = [find_run(name) for name in names or []]
     if not runs:
         return "", "", ""
@@ -348,25 +316,18 @@ def compare_runs(names: list[str], which: Any) -> tuple[str, str, str]:
 
 
 def first_tuned(names: list[str]) -> Any:
-    from qlora_tune.export import open_adapter
-
     run = find_run(names[0] if names else None)
     run.require_adapter()
     return open_adapter(run.adapter), run
 
 
 def export_zip(names: list[str]) -> tuple[Any, str]:
-    from qlora_tune.export import export_adapter
-
     trained, run = first_tuned(names)
     path = export_adapter(trained, run, run.path / f"{run.name}.zip")
-    words = f"{path.name}: {path.stat().st_size / 1e6:.1f} MB; unpacked, loaded again, answers equal."
-    return hand_out(path), parts.show_message(words, "good")
+    return hand_out(path), parts.show_message(f"{path.name}: unpacked, loaded again, answers equal.", "good")
 
 
 def export_merged(names: list[str], into: Any, dtype: Any) -> str:
-    from qlora_tune.export import merge_adapter
-
     trained, run = first_tuned(names)
     divergence = merge_adapter(trained, run, run.path / "merged", into, dtype)
     words = f"Merged model: {run.path / 'merged'}; loaded again, mean KL from what was trained {divergence:.1e} nats."
@@ -384,7 +345,7 @@ def delete(names: list[str]) -> tuple[Any, ...]:
     return *refresh_runs(names[1:]), gr.Row(visible=False)
 
 
-def build() -> gr.Blocks:
+def build() -> Any:
     """The page's four tabs. What several tabs share is made first and placed where it belongs."""
     with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         fields = {name: make_field(name) for name in NAMES}
@@ -409,7 +370,7 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
     with gr.Row(elem_classes="bar"):
         picked.render()
         upload = gr.UploadButton("Upload a file", scale=0, min_width=150)
-        example = gr.Button("Use the built-in example", variant="primary", scale=0, min_width=240)
+        example = gr.Button("Use the built-in example", variant="primary", scale=0, min_width=260)
     say = part(parts.show_message(WELCOME))
     with gr.Column(visible=False) as found:
         with gr.Row(elem_classes="bar"):
@@ -442,18 +403,18 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
 
 def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, tabs: Any) -> None:
     values, seen = list(fields.values()), gr.State(None)
-    with gr.Row():
+    with gr.Row(elem_classes="split"):
         with gr.Column(scale=3):
             place_fields(fields)
         with gr.Column(scale=2, elem_classes="card"):
             card, say = part(parts.show_message("Reading the settings …", "soft")), part()
             begin = gr.Button("Start", variant="primary")
-            command = gr.Textbox(label="The same in a terminal", lines=2, buttons=["copy"], interactive=False)
+            command = gr.Code(label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True)
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown([], label="Run shown below")
         stop = gr.Button("Stop …", visible=False, scale=0, min_width=100)
         again = gr.Button("Resume", variant="primary", visible=False, scale=0, min_width=120)
-        talk = gr.Button("Compare base and tuned", variant="primary", visible=False, scale=0, min_width=230)
+        talk = gr.Button("Compare base and tuned", variant="primary", visible=False, scale=0, min_width=250)
         out = gr.Button("Scores and export", visible=False, scale=0, min_width=190)
     with gr.Column(visible=False) as asked:
         part(parts.show_message(STOP_WORDS))
@@ -461,17 +422,16 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
             save = gr.Button("Save and stop", variant="primary")
             drop = gr.Button("Discard the run", variant="stop")
             keep = gr.Button("Keep training")
-    say_run, live = part(), part(elem_classes="pane")
+    say_run, say_watch, live = part(), part(), part(elem_classes="pane")
     with gr.Accordion("Log", open=False):
         log = part()
-    filled = on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
-    changes: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    for trigger in (filled.then, [field.change for field in values]):
-        on(trigger, show_card, values, say, [card, command], **changes)
+    on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
+    shown: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    on([page.load, *(field.change for field in values)], show_card, values, say, [card, command], **shown)
     watched = [name, seen, live, log, stop, again, talk, out]
     ticks = [page.load, gr.Timer(1.0).tick, name.input]
-    on(ticks, watch, [name, seen], say_run, watched, show_progress="hidden", concurrency_limit=None)
-    on(begin.click, start, values, say, [name])
+    on(ticks, watch, [name, seen], say_watch, watched, show_progress="hidden", concurrency_limit=None)
+    on(begin.click, start, values, say, [name], scroll_to_output=True)
     on(again.click, resume, [name], say_run, [])
     reveal(stop.click, asked, say_run, True)
     reveal(keep.click, asked, say_run, False)
@@ -504,7 +464,7 @@ def build_chat(tab: Any, adapter: Any) -> None:
         adapter.render()
         one = gr.Dropdown(["base", "tuned", "merged"], value="base", label="Left answers")
         two = gr.Dropdown(["tuned", "base", "merged", "off"], value="tuned", label="Right answers")
-        upload = gr.UploadButton("Open an adapter (.zip)", file_types=[".zip"], scale=0, min_width=220)
+        upload = gr.UploadButton("Open an adapter (.zip)", file_types=[".zip"], scale=0, min_width=240)
     with gr.Row():
         panes = [part(parts.show_conversation([]), elem_classes="pane") for _ in range(2)]
     say, expected = part(), part()
@@ -540,10 +500,10 @@ def build_runs(tab: Any, chosen: Any) -> None:
     with gr.Row():
         curves, scores = part(), part()
     with gr.Row(elem_classes="bar"):
-        pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=240)
+        pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=260)
         into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized is what was trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
-        merge = gr.Button("Export the merged model", scale=0, min_width=240)
+        merge = gr.Button("Export the merged model", scale=0, min_width=260)
     done, packed = part(), gr.DownloadButton(visible=False)
     which = gr.Radio(["best", "worst", "random"], value="worst", label="Answers")
     answers = part()

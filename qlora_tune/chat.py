@@ -15,7 +15,7 @@ from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
 from qlora_tune.export import ADAPTER_FILES, TOKENIZER_FILES, open_adapter
 from qlora_tune.generate import fit_context, stream_reply
-from qlora_tune.launch import UPLOADS
+from qlora_tune.launch import UPLOADS, refuse_busy_device
 from qlora_tune.runs import list_runs
 from qlora_tune.shapes import Example
 from qlora_tune.turns import Message
@@ -93,9 +93,12 @@ def split_example(example: Example) -> tuple[str, list[Message], str, str]:
 def load_chat(adapter: Path, model_name_or_path: str | None = None, merged: Path | None = None) -> ChatModel:
     """Load an adapter's folder on its base, and a merged model's folder if one is given.
 
-    Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
+    Raises ModelError when the folder holds no adapter, or the base is missing or is another one; RunError when a run
+    holds the GPU, whose memory would not do for both.
     """
     trained = open_adapter(adapter, model_name_or_path)
+    if trained.device.kind == "cuda":
+        refuse_busy_device("cuda")
     return ChatModel(trained.load(), trained.chat, trained.load_merged(merged) if merged else None)
 
 

@@ -32,7 +32,8 @@ _BODY = """
 <p><b>{{ "{:,}".format(report.rows_in) }}</b> rows = {{ "{:,}".format(report.kept) }} kept +
 {{ "{:,}".format(report.rejected) }} rejected.
 {% for severity in ("error", "warning", "note") -%}
-<span class="{{ severity }}">{{ "{:,}".format(report.count(severity)) }} {{ severity }}s</span>
+<span class="{{ severity if report.count(severity) }}">
+{{- "{:,}".format(report.count(severity)) }} {{ severity }}s</span>
 {% endfor %}</p>
 <h2>Files</h2>
 <table><tr><th>file</th><th class="n">rows</th><th class="n">kept</th><th class="n">rejected</th><th></th></tr>
@@ -41,11 +42,6 @@ _BODY = """
 <td class="n">{{ "{:,}".format(file.rows_in - file.kept) }}</td>
 <td>{% if file.refused %}<span class="error">refused: {{ file.refused }}</span>{% endif %}
 {{ file.notes | join("; ") }}</td></tr>{% endfor %}</table>
-{% for title, counts in (("Shapes", report.shapes), ("Tasks", report.tasks)) %}{% if counts %}
-<h2>{{ title }}</h2>
-<table>{% for name, count in counts.most_common() %}<tr><td>{{ name }}</td>
-<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
-{% endif %}{% endfor %}
 {% if report.lengths %}<h2>Length of the examples</h2>
 <p>Median {{ "{:,}".format(report.lengths.median) }}, longest {{ "{:,}".format(report.lengths.longest) }}
 {{ report.lengths.unit }}{% if report.lengths.limit %}; max_length is {{ report.lengths.limit }}: what is longer (red)
@@ -70,6 +66,11 @@ width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title }}</title>
 <td>{{ finding.detail }}</td></tr>{% endfor %}</table>
 {% if report.counts[kind] > shown %}<p>… and {{ report.counts[kind] - shown }} more.</p>{% endif %}
 </details>{% endfor %}
+{% for title, counts in (("Shapes", report.shapes), ("Tasks", report.tasks)) %}{% if counts %}
+<h2>{{ title }}</h2>
+<table>{% for name, count in counts.most_common() %}<tr><td>{{ name }}</td>
+<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
+{% endif %}{% endfor %}
 {% for note in report.notes %}<p>{{ note }}</p>{% endfor %}
 """
 

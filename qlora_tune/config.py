@@ -293,7 +293,7 @@ def describe_limits(field: FieldInfo) -> str:
     extra: Any = field.json_schema_extra
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = [(sign, getattr(rule, key, None)) for rule in field.metadata for key, sign in signs.items()]
-    limits = [f"{sign} {value:g}" for sign, value in found if value is not None]
+    limits = [f"{sign} {value:,}" for sign, value in found if value is not None]
     return ", ".join([extra["unit"], *limits] if extra["unit"] else limits)
 
 

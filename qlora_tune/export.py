@@ -63,6 +63,7 @@ class Trained:
         model = models.load_base(self.base, self.device, self.precision, self.quantization)
         return models.load_adapter(model, adapter or self.adapter, self.base)
 
+    @models.one_at_a_time
     def load_merged(self, folder: Path) -> Any:
         """Load a merged model as it is: a plain one, unquantized."""
         import torch

@@ -12,18 +12,21 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import IGNORED, ChatFormat, ensure_chat_template
 from qlora_tune.errors import ModelError
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Precision = Literal["bfloat16", "float16", "float32"]
 # Matrices this small gain nothing from more threads: a second one made training 9 % faster for 30 % more CPU time.
 ONE_THREAD_HIDDEN = 256
@@ -47,6 +50,21 @@ class Quantization:
     load_in_4bit: bool = True
     quant_type: str = "nf4"
     double_quant: bool = True
+
+
+# Transformers imports its parts on first use, which fails when two threads of the page do it at once.
+_loading = threading.RLock()
+
+
+def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let one thread at a time load a tokenizer or a model."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _loading:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def quiet_stack(log_file: Path | None = None) -> None:
@@ -117,6 +135,7 @@ def free_memory() -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+@one_at_a_time
 def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain"] = "auto") -> tuple[Any, ChatFormat]:
     """Load a base's or an adapter's tokenizer, with a chat template and a padding token, and probe its template."""
     from transformers import AutoTokenizer
@@ -139,6 +158,7 @@ def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain
     return tokenizer, chat
 
 
+@one_at_a_time
 def load_base(base: BaseModel, device: Device, precision: Precision, quantization: Quantization) -> Any:
     """Load a base model for training or answering, its linear layers in 4 bits unless that is switched off."""
     import torch
@@ -321,6 +341,7 @@ def read_adapter_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+@one_at_a_time
 def load_adapter(model: Any, folder: Path, base: BaseModel) -> Any:
     """Put a trained adapter on its base. Raises ModelError for another base, or for missing or surplus tensors."""
     from peft import PeftModel

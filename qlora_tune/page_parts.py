@@ -36,8 +36,10 @@ COLOURS = 6
 STYLE = (
     """
 :root { --line: #8884; --error: #c62828; --warning: #9a5b00; --note: #666; --bar: #2e7d32; --learned: #c8ecca;
+  --block-info-text-color: #5f6368;
   --c0: #1565c0; --c1: #d84315; --c2: #2e7d32; --c3: #8e24aa; --c4: #00838f; --c5: #8d6e00; }
 .dark { --error: #ff8a80; --warning: #ffb74d; --note: #aaa; --bar: #66bb6a; --learned: #1f5a24;
+  --block-info-text-color: #b0b3b8;
   --c0: #64b5f6; --c1: #ff8a65; --c2: #81c784; --c3: #ce93d8; --c4: #4dd0e1; --c5: #ffd54f; }
 .part { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; }
 .part pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 .75rem; padding: .5rem; font-size: 13px;
@@ -47,7 +49,8 @@ STYLE = (
 .part th, .part td { border: 0; border-bottom: 1px solid var(--line); padding: .25rem .5rem .25rem 0;
   text-align: left; vertical-align: top; }
 .part td.n, .part th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.part .wide { overflow-x: auto; } .part th { font-weight: 600; } .part .key { white-space: nowrap; }
+.part .wide { overflow-x: auto; } .part .wide td, .part .wide th { overflow-wrap: normal; }
+.part th { font-weight: 600; } .part .key { white-space: nowrap; width: 6rem; padding-right: 1rem; }
 .part svg { width: 100%; max-width: 680px; height: auto; } .part svg text { fill: currentColor; font-size: 12px; }
 .good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
 .soft { color: var(--note); }
@@ -67,7 +70,9 @@ STYLE = (
   padding: 12px; max-height: calc(100vh - 16px); overflow: auto; flex-wrap: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
 .part figure { margin: .5rem 0; }
-@media (max-width: 900px) { .card { position: static; max-height: none; } }
+.bar > .form { min-width: 260px !important; } input { text-overflow: ellipsis; }
+.wrap-inner input { padding-right: 1.25rem !important; }
+@media (max-width: 900px) { .card { position: static; max-height: none; } .split { flex-direction: column; } }
 .curve { fill: none; stroke-width: 2; } .grid { stroke: var(--line); } .figures { display: flex; flex-wrap: wrap; }
 .figures div { margin: 0 1.5rem .25rem 0; } .figures b { display: block; font-size: 17px; white-space: nowrap; }
 .legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: 14px; height: 3px;

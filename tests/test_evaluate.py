@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_tune.evaluate import Answered, Comparison, is_exact_match, score_table, to_markdown
+from qlora_tune.errors import RunError
+from qlora_tune.evaluate import (
+    Answered,
+    Comparison,
+    is_exact_match,
+    pick_answers,
+    read_comparison,
+    score_table,
+    to_markdown,
+    write_comparison,
+)
+from qlora_tune.runs import Run
 
 
 def answered(task: str, reference: str, base: str, tuned: str, prompt: str = "q") -> Answered:
@@ -78,3 +91,95 @@ def test_the_disabled_adapter_is_the_base_to_the_last_bit(builtin: Any, finished
             disabled = result.model(ids).logits
         assert torch.equal(disabled, plain(ids).logits)
         assert not torch.equal(disabled, result.model(ids).logits)
+
+
+def reached(*pairs: tuple[str, str], reference: str = "abcdefgh") -> Comparison:
+    """Answers of base and tuned model to one reference, named by their place."""
+    rows = [Answered(f"d.jsonl:{n}", "t", (), reference, base, tuned) for n, (base, tuned) in enumerate(pairs, 1)]
+    return Comparison(rows)
+
+
+def places(answers: list[Answered]) -> list[int]:
+    return [int(answer.source.rpartition(":")[2]) for answer in answers]
+
+
+def test_best_answers_are_the_nearest_and_worst_the_farthest() -> None:
+    comparison = reached(("", "abcdxxxx"), ("", "zzzz"), ("", "abcdefgh"), ("", "abcdefgx"))
+    assert places(pick_answers(comparison, "best", 4)) == [3, 4, 1, 2]
+    assert places(pick_answers(comparison, "worst", 4)) == [2, 1, 4, 3]
+    assert places(pick_answers(comparison, "best", 1)) == [3]
+    assert len(pick_answers(comparison, "worst", 99)) == 4
+
+
+def test_among_equal_answers_those_show_most_whose_base_tells_most() -> None:
+    right = reached(("abcdefgh", "abcdefgh"), ("zz", "abcdefgh"), ("abcd", "abcdefgh"))
+    assert places(pick_answers(right, "best", 3)) == [2, 3, 1]  # the base got it more wrong
+    wrong = reached(("zz", "zz"), ("abcdefgh", "zz"), ("abcd", "zz"))
+    assert places(pick_answers(wrong, "worst", 3)) == [2, 3, 1]  # the base had it right
+
+
+def test_nearness_ignores_what_scoring_ignores() -> None:
+    comparison = reached(("", "caf\u00e9  au\nlait"), ("", "cafe\u0301 au lai"), reference="cafe\u0301 au lait")
+    assert places(pick_answers(comparison, "best", 1)) == [1]
+    assert is_exact_match(pick_answers(comparison, "best", 1)[0].tuned, "cafe\u0301 au lait")
+
+
+def test_random_answers_are_drawn_by_seed_without_repeats() -> None:
+    comparison = reached(*[("", str(number)) for number in range(30)])
+    drawn = pick_answers(comparison, "random", 10, seed=1)
+    assert drawn == pick_answers(comparison, "random", 10, seed=1) != pick_answers(comparison, "random", 10, seed=2)
+    assert len(set(places(drawn))) == 10
+    assert sorted(places(pick_answers(comparison, "random", 99))) == list(range(1, 31))
+
+
+@pytest.mark.parametrize("which", ["best", "worst", "random"])
+def test_no_answers_and_empty_answers_can_be_picked_from(which: Any) -> None:
+    assert pick_answers(Comparison([]), which, 5) == []
+    assert len(pick_answers(reached(("", ""), reference=""), which, 5)) == 1
+
+
+def kept_run(finished: Any, tmp_path: Path) -> Run:
+    shutil.copytree(finished[0].path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def test_a_kept_comparison_is_read_back_as_it_was(finished: Any, tmp_path: Path) -> None:
+    run = kept_run(finished, tmp_path)
+    comparison = read_comparison(run)
+    assert len(comparison.answers) == 50
+    assert to_markdown(comparison) == (run.path / "comparison.md").read_text()
+    call: Any = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": [1, None]}}]}
+    odd = Comparison([Answered("d:1", "t|\u2028", ({"role": "user", "content": "\x00\u00e9\n"}, call), "r", "", "é")])
+    write_comparison(run, odd, "other")
+    assert read_comparison(run, "other") == odd
+    assert read_comparison(run) == comparison
+
+
+def test_a_run_without_scores_says_how_to_get_them(finished: Any, tmp_path: Path) -> None:
+    run = kept_run(finished, tmp_path)
+    (run.path / "scores.json").unlink()
+    with pytest.raises(RunError, match=r"copy was not scored.*evaluate"):
+        read_comparison(run)
+    with pytest.raises(RunError, match="was not scored"):
+        read_comparison(run, "unseen")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"answers": [{"sou', "can't be read"),
+        ("[]", "holds no JSON object"),
+        ('{"answers": [{"source": "d:1"}]}', "another form"),
+        ('{"answers": [{"source": "d", "task": "t", "prompt": [], "reference": "", "base": "", "new": 1}]}', "another"),
+        ('{"answers": [1]}', "another form"),
+        ('{"answers": 7}', "another form"),
+        ('{"answers": null}', "another form"),
+    ],
+)
+def test_damaged_scores_are_a_problem_told_not_a_crash(
+    content: str, message: str, finished: Any, tmp_path: Path
+) -> None:
+    run = kept_run(finished, tmp_path)
+    (run.path / "scores.json").write_text(content)
+    with pytest.raises(RunError, match=message):
+        read_comparison(run)

@@ -61,15 +61,17 @@ def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
     assert commands <= set(app), commands - set(app)
+    names = ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
     helps = "".join(
         subprocess.run(
-            [sys.executable, "-m", "qlora_tune", command, "--help"],
+            [sys.executable, *command, "--help"],
             capture_output=True,
             text=True,
+            cwd=ROOT,
             env={**os.environ, "COLUMNS": "200"},
             timeout=60,
         ).stdout
-        for command in ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
+        for command in (["app.py"], *(["-m", "qlora_tune", name] for name in names))
     )
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help"}:
         assert flag in helps, flag

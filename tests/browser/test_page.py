@@ -1,0 +1,388 @@
+"""The page in a real browser, on the built-in base: the whole journey, what can go wrong, and what must not run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT
+from screenshots import CHROMIUM, CHROMIUM_FLAGS
+
+from qlora_tune.runs import list_runs, open_run
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)")
+
+TABS = ("Data", "Train", "Chat", "Runs and export")
+INJECTIONS = [
+    "<script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=2>",
+    "<svg onload=window.pwned=3>",
+    "<svg><script>window.pwned=4</script></svg>",
+    "\"><img src=x onerror='window.pwned=5'>",
+    "'><svg/onload=window.pwned=6>",
+    "<iframe srcdoc='<script>parent.pwned=7</script>'></iframe>",
+    "<a href='javascript:window.pwned=8'>x</a>",
+    "[x](javascript:window.pwned=9)",
+    "![x](x' onerror='window.pwned=10)",
+    "\n\n<details open ontoggle=window.pwned=11>\n\n",
+    "</pre></div><body onpageshow=window.pwned=12>",
+    "<style>@import 'http://attacker.invalid/x.css'</style><link rel=stylesheet href=http://attacker.invalid/y.css>",
+    "${window.pwned=14} {{constructor.constructor('window.pwned=14')()}}",
+    "<math><mtext><style></mtext><img src=x onerror=window.pwned=15></math> $$\\href{javascript:1}{x}$$",
+]
+
+
+class Page:
+    """A page's server and its folder of runs."""
+
+    def __init__(self, runs_dir: Path, port: int) -> None:
+        self.runs_dir, self.port, self.url = runs_dir, port, f"http://127.0.0.1:{port}"
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, str(ROOT / "app.py"), "--port", str(self.port), "--runs-dir", str(self.runs_dir)]
+        self._server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert self._server.stdout is not None
+        assert b"http://" in self._server.stdout.readline()
+
+    def kill(self) -> None:
+        assert self._server is not None
+        self._server.send_signal(signal.SIGKILL)
+        self._server.wait()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[int], Page]]:
+    """Start pages on a folder of runs; end them, and whatever they launched, afterwards."""
+    started: list[Page] = []
+
+    def start(port: int) -> Page:
+        page = Page(tmp_path / "runs", port)
+        page.start()
+        started.append(page)
+        return page
+
+    yield start
+    for page in started:
+        page.kill()
+        for run in list_runs(page.runs_dir):
+            if run.is_alive():
+                os.kill(run.read_state()["pid"], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Any]:
+    """A browser tab that fails the test when a script of the page fails."""
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    lost = "net::ERR"  # what a killed server leaves behind
+    page.on(
+        "console",
+        lambda message: problems.append(message.text) if message.type == "error" and lost not in message.text else None,
+    )
+    yield page
+    page.close()
+    assert not problems
+
+
+def button(tab: Any, name: str) -> Any:
+    return tab.get_by_role("button", name=name, exact=True)
+
+
+def step_shown(tab: Any) -> int:
+    bar = tab.get_by_role("progressbar", name="steps")
+    return int(bar.get_attribute("aria-valuenow")) if bar.count() else 0
+
+
+def wait_for_step(tab: Any, step: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if step_shown(tab) >= step:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"step {step} was not reached in {seconds} s; shown is {step_shown(tab)}")
+
+
+def plot_points(tab: Any) -> int:
+    return len(tab.locator("polyline.curve").first.get_attribute("points").split())
+
+
+def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened_again(
+    serve: Callable[[int], Page], tab: Any, tmp_path: Path
+) -> None:
+    page = serve(7931)
+    tab.goto(page.url)
+    with tab.expect_file_chooser() as chooser:
+        button(tab, "Upload a file").click()
+    chooser.value.set_files(ROOT / "sample.jsonl")
+    button(tab, "Train on this data").wait_for()
+    first = json.loads((ROOT / "sample.jsonl").read_text().splitlines()[0])
+    learned = tab.locator(".tokens .l")
+    assert "".join(learned.all_text_contents()).removesuffix("<|im_end|>") == first["output"]
+    assert "rgba(0, 0, 0, 0)" not in learned.first.evaluate("e => getComputedStyle(e).backgroundColor")
+
+    button(tab, "Train on this data").click()
+    tab.get_by_label("num_train_epochs").fill("0.4")
+    tab.get_by_role("button", name="All other settings").click()
+    tab.get_by_role("tab", name="Evaluation").click()
+    tab.get_by_label("score_rows").fill("20")
+    tab.get_by_label("per_device_train_batch_size").fill("8")
+    tab.locator(".card", has_text="of 8 × 1 = 8 rows").wait_for()
+    assert "--num-train-epochs 0.4" in tab.locator(".card .cm-content").inner_text()
+    button(tab, "Start").click()
+    wait_for_step(tab, 3)
+    points = plot_points(tab)
+    wait_for_step(tab, step_shown(tab) + 3)
+    assert plot_points(tab) > points
+
+    tab.reload()
+    tab.get_by_role("tab", name="Train").click()
+    seen = max(step_shown(tab), 6)
+    wait_for_step(tab, seen + 1)
+    page.kill()
+    time.sleep(2)
+    page.start()
+    tab.goto(page.url)
+    tab.get_by_role("tab", name="Train").click()
+    wait_for_step(tab, seen + 3)
+
+    button(tab, "Stop …").click()
+    button(tab, "Save and stop").click()
+    button(tab, "Resume").wait_for()
+    (run,) = list_runs(page.runs_dir)
+    stopped_at = run.read_metrics()[-1]["step"]
+    assert run.read_state()["status"] == "stopped"
+    button(tab, "Resume").click()
+    button(tab, "Compare base and tuned").wait_for(timeout=240_000)
+    assert run.read_state()["status"] == "finished"
+    steps = [entry["step"] for entry in run.read_metrics() if "loss" in entry]
+    assert steps == list(range(1, run.read_state()["total_steps"] + 1))
+    assert steps[-1] > stopped_at
+
+    button(tab, "Compare base and tuned").click()
+    held_out = tab.get_by_label("Held-out prompts")
+    held_out.click()
+    tab.get_by_role("option").first.click()
+    tab.get_by_text("Expected: ").wait_for()
+    question = tab.get_by_label("Your message").input_value()
+    assert question in run.read_heldout()[0].messages[-2]["content"]
+    button(tab, "Send").click()
+    base, tuned = (tab.locator(".pane .turn.assistant b", has_text=who) for who in ("base", "tuned"))
+    base.first.wait_for()
+    tuned.first.wait_for()
+
+    tab.get_by_role("tab", name="Runs and export").click()
+    tab.get_by_text("exact match on held-out rows").wait_for()
+    button(tab, "Export the adapter (zip)").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download").click()
+    packed = tmp_path / "adapter.zip"
+    download.value.save_as(packed)
+    tab.get_by_role("tab", name="Chat").click()
+    with tab.expect_file_chooser() as chooser:
+        button(tab, "Open an adapter (.zip)").click()
+    chooser.value.set_files(packed)
+    tab.wait_for_function("() => document.querySelector('input[aria-label=Adapter]').value.includes('(opened)')")
+    tuned_before = tab.locator(".pane .turn.assistant").last.inner_text()
+    button(tab, "Clear").click()
+    tab.locator(".pane .turn").first.wait_for(state="detached")
+    tab.get_by_label("Your message").fill(question)
+    tab.get_by_label("Your message").press("Enter")
+    tuned.first.wait_for()
+    time.sleep(2)
+    assert tab.locator(".pane .turn.assistant").last.inner_text() == tuned_before
+
+
+def test_injected_scripts_run_nowhere(
+    serve: Callable[[int], Page], chromium: Any, finished: Any, tmp_path: Path
+) -> None:
+    rows = [{"instruction": text, "output": text, "task": text, text: "x", "note": text} for text in INJECTIONS] + [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in INJECTIONS
+    ]
+    data = tmp_path / "<img src=x onerror=window.pwned=20>.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n{broken <img src=x onerror=window.pwned=21>")
+    page = serve(7932)
+    copy = page.runs_dir / "<img src=x onerror=window.pwned=22>"
+    shutil.copytree(finished[0].path, copy)
+    run = open_run(copy)
+    scores = json.loads((copy / "scores.json").read_text())
+    for answer, text in zip(scores["answers"], INJECTIONS, strict=False):
+        answer.update(
+            base=text, tuned=text, reference=text, task=text, source=text, prompt=[{"role": text, "content": text}]
+        )
+    (copy / "scores.json").write_text(json.dumps(scores))
+    lines = [
+        json.dumps({"messages": row["messages"], "task": row["messages"][0]["content"], "source": "x:1"})
+        for row in rows[15:]
+    ]
+    (copy / "heldout.jsonl").write_text("\n".join(lines))
+    (copy / "output.txt").write_text("\n".join(INJECTIONS))
+    run.update_state(
+        status="failed", reason=" ".join(INJECTIONS), pid=None, preset=INJECTIONS[1], base_model=INJECTIONS[1]
+    )
+
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(30_000)
+    asked: list[str] = []
+    blocked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("dialog", lambda dialog: asked.append(f"dialog {dialog.message}"))
+    tab.on(
+        "console", lambda message: blocked.append(message.text) if "Content Security Policy" in message.text else None
+    )
+
+    def nothing_ran() -> None:
+        assert tab.evaluate("window.pwned") is None
+        assert all(url.startswith((page.url, "data:", "blob:")) for url in asked), asked
+        assert not blocked, "not even tried"
+
+    tab.goto(page.url)
+    picked = tab.get_by_label("Data file or folder")
+    picked.fill(str(data))
+    picked.press("Enter")
+    button(tab, "Next row").wait_for()
+    for _ in range(len(rows)):
+        at = tab.get_by_label("Line").input_value()
+        button(tab, "Next row").click()
+        tab.wait_for_function("at => document.querySelector('input[aria-label=Line]').value != at", arg=at)
+    tab.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
+    nothing_ran()
+    tab.get_by_role("tab", name="Train").click()
+    tab.locator(".card", has_text="rows").wait_for()
+    tab.get_by_role("button", name="Log").click()
+    nothing_ran()
+    tab.get_by_role("tab", name="Runs and export").click()
+    tab.get_by_text("exact match on held-out rows").wait_for()
+    for which in ("best", "random", "worst"):
+        tab.get_by_label(which).click()
+        time.sleep(1)
+    nothing_ran()
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_label("Held-out prompts").click()
+    tab.get_by_role("option").first.click()
+    for text in INJECTIONS:
+        tab.get_by_label("Your message").fill(text)
+        tab.get_by_label("System prompt").fill(text)
+        tab.get_by_label("Max new tokens").fill("2")
+        button(tab, "Send").click()
+        time.sleep(0.7)
+    nothing_ran()
+    tab.close()
+
+
+def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callable[[int], Page], tab: Any) -> None:
+    page = serve(7933)
+    tab.goto(page.url)
+    button(tab, "Use the built-in example").click()
+    button(tab, "Train on this data").wait_for()
+    counted = {}
+    for name in TABS:
+        tab.get_by_role("tab", name=name, exact=True).click()
+        time.sleep(1)
+        groups = [""]
+        if name == "Train":
+            tab.get_by_role("button", name="All other settings").click()
+            groups = ["Model", "Data", "LoRA", "Training", "Evaluation", "Run"]
+        for group in groups:
+            if group:
+                tab.get_by_role("tab", name=group, exact=True).last.click()
+                time.sleep(0.5)
+            controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible")
+            counted[name + group] = controls.count()
+        unnamed = [
+            control.evaluate("e => e.outerHTML.slice(0, 200)")
+            for control in controls.all()
+            if not control.evaluate(
+                "e => (e.ariaLabel || e.innerText || e.title"
+                " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
+            )
+        ]
+        assert not unnamed, name
+    print(counted)
+    assert max(counted.values()) <= 30, counted
+    assert len((ROOT / "app.py").read_text().splitlines()) <= 600
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_is_wider_than_the_window(serve: Callable[[int], Page], tab: Any, width: int) -> None:
+    page = serve(7934)
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.goto(page.url)
+    button(tab, "Use the built-in example").click()
+    button(tab, "Train on this data").wait_for()
+    for name in TABS:
+        tab.get_by_role("tab", name=name, exact=True).click()
+        time.sleep(0.5)
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+        clipped = tab.evaluate(
+            "[...document.querySelectorAll('button:not(.label-wrap), label > span')]"
+            ".filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)"
+            ".filter(e => getComputedStyle(e).display != 'inline').map(e => e.innerText)"
+        )
+        assert not clipped, name
+
+
+def test_problems_are_said_in_place_and_in_words(serve: Callable[[int], Page], tab: Any, tmp_path: Path) -> None:
+    page = serve(7935)
+    tab.goto(page.url)
+    picked = tab.get_by_label("Data file or folder")
+    picked.fill(str(tmp_path / "nowhere.jsonl"))
+    picked.press("Enter")
+    tab.get_by_role("alert").filter(has_text="nowhere.jsonl").wait_for()
+    tab.get_by_role("tab", name="Train").click()
+    tab.locator(".card", has_text="Not ready").wait_for()
+    tab.get_by_label("learning_rate").fill("7")
+    tab.locator(".card", has_text=re.compile("learning_rate.*less than or equal to 1")).wait_for()
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_label("Your message").fill("Hello")
+    button(tab, "Send").click()
+    tab.get_by_role("alert").filter(has_text="No adapter is chosen").wait_for()
+    tab.get_by_role("tab", name="Runs and export").click()
+    tab.get_by_text("No runs yet").wait_for()
+
+
+def test_other_hosts_origins_and_files_are_refused(serve: Callable[[int], Page]) -> None:
+    page = serve(7936)
+    assert httpx.get(page.url, headers={"Host": "evil.example"}).status_code == 421
+    join = f"{page.url}/gradio_api/queue/join"
+    assert httpx.post(join, json={}, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert httpx.post(f"{page.url}/gradio_api/upload", headers={"Origin": "null"}).status_code == 403
+    assert httpx.get(f"{page.url}/gradio_api/file={ROOT / 'pyproject.toml'}").status_code in (403, 404)
+    assert httpx.get(f"{page.url}/gradio_api/file=/etc/passwd").status_code in (403, 404)
+    policy = httpx.get(page.url).headers["content-security-policy"]
+    scripts = re.search(r"script-src ([^;]*)", policy)
+    assert scripts is not None
+    assert "unsafe" not in scripts.group(1)
+
+
+def test_an_address_for_others_needs_a_password() -> None:
+    command = [sys.executable, str(ROOT / "app.py"), "--host", "0.0.0.0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2
+    assert "--user" in done.stderr
+    assert "Traceback" not in done.stderr
