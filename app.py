@@ -256,7 +256,7 @@ def answer(
     try:
         if not prompt.strip():
             raise ConfigError("Write a message first, or choose a held-out prompt.")
-        sides = [[*turns, {"role": "user", "content": prompt.strip()}] for turns in before]
+        sides = [chat.ask(turns, prompt) for turns in before]
         yield parts.show_message("Loading …", "soft"), "", *before, *parts.show_sides(sides, voices)
         given: Any = dict(zip(("temperature", "top_p", "max_new_tokens"), sampling, strict=True))
         asked: Any = [None if who == "off" else who for who in voices]

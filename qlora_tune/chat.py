@@ -77,6 +77,12 @@ def answer_sides(
     yield sides
 
 
+def ask(history: Sequence[Message], question: str) -> list[Message]:
+    """A history with one more question. One that nobody answered, because the chat was stopped, is left out."""
+    answered = before_last_question(history)[0] if history and history[-1]["role"] == "user" else list(history)
+    return [*answered, Message(role="user", content=question.strip())]
+
+
 def before_last_question(history: Sequence[Message]) -> tuple[list[Message], str]:
     """A history without its last question and what followed, and that question, to ask it again."""
     places = [index for index, turn in enumerate(history) if turn["role"] == "user"]

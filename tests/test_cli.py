@@ -98,7 +98,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", SAMPLE, "--preset", "builtin", "--lora-target-modules", "q_proj,typo"], "typo is no linear layer"),
         (["train", SAMPLE, "--preset", "builtin", "--max-length", "257"], "Use --max-length 256 or less"),
         (["preview", SAMPLE, "--rows", "-2"], "--rows"),
-        (["chat", "some.zip"], "unpack it first"),
+        (["chat", "some.zip"], "No such file or directory"),
     ],
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback_and_exits_with_2(

@@ -91,8 +91,8 @@ def test_broken_toml_names_its_line(tmp_path: Path) -> None:
 
 
 def test_limits_are_said_in_words() -> None:
-    assert describe_limits(TrainConfig.model_fields["lora_r"]) == ">= 1, <= 1024"
-    assert describe_limits(TrainConfig.model_fields["max_length"]) == "tokens, >= 16, <= 1e+06"
+    assert describe_limits(TrainConfig.model_fields["lora_r"]) == ">= 1, <= 1,024"
+    assert describe_limits(TrainConfig.model_fields["max_length"]) == "tokens, >= 16, <= 1,000,000"
 
 
 def test_every_setting_has_a_help_and_a_group() -> None:
