@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_tune.chat_format import ChatFormat
+from qlora_tune.config import UPLOADS
 from qlora_tune.errors import ModelError
 from qlora_tune.export import ADAPTER_FILES, TOKENIZER_FILES, open_adapter
 from qlora_tune.generate import fit_context, stream_reply
-from qlora_tune.launch import UPLOADS, refuse_busy_device
+from qlora_tune.launch import refuse_busy_device
 from qlora_tune.runs import list_runs
 from qlora_tune.shapes import Example
 from qlora_tune.turns import Message

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_tune.check import CheckReport
 from qlora_tune.lengths import Histogram
 from qlora_tune.quality import DEFECTS
+from qlora_tune.text_signs import printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -101,7 +102,7 @@ def render_check(report: CheckReport) -> Markup:
 
     lengths = report.lengths
     html = (
-        Environment(autoescape=True, trim_blocks=True)
+        Environment(autoescape=True, trim_blocks=True, finalize=lambda value: printable(str(value)))
         .from_string(_BODY)
         .render(
             report=report,

@@ -33,6 +33,7 @@ from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
 from qlora_tune.runs import list_runs
 from qlora_tune.terminal import console, say
+from qlora_tune.text_signs import printable
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
 
@@ -212,5 +213,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    terminal.errors.print(f"[bold red]error:[/] {escape(terminal.printable(message))}", soft_wrap=True)
+    terminal.errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True)
     return 2

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from qlora_tune.errors import ConfigError, join_problems
 
 BUILTIN = "builtin"
+UPLOADS = "uploads"  # folder beside the runs; private to this user
 
 
 def setting(default: Any, group: str, help: str, unit: str = "", **limits: Any) -> Any:
@@ -174,6 +175,8 @@ class TrainConfig(BaseModel):
     def _plain_name(cls, value: str | None) -> str | None:
         if value is not None and (not value or value[0] in ".-" or any(c in '/\\:*?"<>|\0' for c in value)):
             raise ValueError("should be a plain folder name")
+        if value == UPLOADS:
+            raise ValueError("is the name of the folder of uploaded files")
         return value
 
 
@@ -309,7 +312,8 @@ def describe_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     if value is None or value == []:
         return "none"
     return ", ".join(value) if isinstance(value, list) else str(value)

@@ -242,6 +242,13 @@ def _adapted(shape: BaseShape, config: TrainConfig) -> list[tuple[int, int]]:
     return [size for name, size in shape.linear.items() if any(name == t or name.endswith(f".{t}") for t in names)]
 
 
+def unknown_targets(base: BaseModel, targets: Sequence[str]) -> list[str]:
+    """Those of lora_target_modules that mean no linear layer of a base."""
+    names = read_shape(base).linear
+    known = {"all-linear"} if list(targets) == ["all-linear"] else set()
+    return [t for t in targets if t not in known and not any(name == t or name.endswith(f".{t}") for name in names)]
+
+
 def _adapter_parameters(adapted: Sequence[tuple[int, int]], config: TrainConfig) -> int:
     return sum(config.lora_r * (rows + columns) + config.use_dora * rows for rows, columns in adapted)
 

@@ -46,7 +46,8 @@ def given_flags(settings: Any) -> dict[str, Any]:
 
 def command_line(flags: Mapping[str, Any]) -> str:
     """The command that does the same in a terminal."""
-    words = ["python", "-m", "qlora_tune", "train", *flags.get("data", [])]
+    data = [f"--data={file}" if file.startswith("-") else file for file in flags.get("data", [])]
+    words = ["python", "-m", "qlora_tune", "train", *data]
     for name, value in flags.items():
         flag = f"--{name.replace('_', '-')}"
         if name == "data":
@@ -55,7 +56,8 @@ def command_line(flags: Mapping[str, Any]) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
             continue
         for entry in value if isinstance(value, list) else [value]:
-            words += [flag, "none" if entry is None else describe_value(entry)]
+            said = "none" if entry is None else describe_value(entry)
+            words += [f"{flag}={said}"] if said.startswith("-") else [flag, said]
     return shlex.join(words)
 
 

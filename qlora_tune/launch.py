@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from qlora_tune.config import TrainConfig
+from qlora_tune.config import UPLOADS, TrainConfig
 from qlora_tune.errors import ConfigError, RunError
 from qlora_tune.runs import Run, list_runs, new_run
 
 LOCK_VARIABLE = "QLORA_TUNE_LOCK"  # in a launched process: the number of the locked file that it was handed
 OUTPUT_FILE = "output.txt"  # in a run's folder: what its process printed
-UPLOADS = "uploads"  # folder beside the runs; private to this user
 _NAME_WAIT_S = 5.0  # a lock's holder writes its name right after it got the lock
 _KILL_WAIT_S = 10.0
+_RELEASE_WAIT_S = 1.0  # a killed process lets go of its lock some 30 ms after its end
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,13 @@ def lock_device(kind: str) -> DeviceLock:
         os.set_inheritable(int(inherited), False)
         return DeviceLock(int(inherited))
     file = os.open(_lock_path(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _try_lock(file):
         holder = _read_holder(file)
         os.close(file)
         raise RunError(
             f"{holder} is running on this machine's {kind.upper()}, which takes one run at a time. Wait for it, or "
             "stop it: Ctrl-C where it runs, or Stop on the page."
-        ) from None
+        )
     os.ftruncate(file, 0)
     return DeviceLock(file)
 
@@ -81,7 +79,11 @@ def launch_run(config: TrainConfig, kind: str) -> Run:
     lock = lock_device(kind)
     try:
         run = new_run(config)
-        _spawn(run, lock, ["--config", str(run.path / "config.toml")])
+        try:
+            _spawn(run, lock, ["--config", str(run.path / "config.toml")])
+        except OSError:
+            shutil.rmtree(run.path)
+            raise
     finally:
         lock.release()
     return run
@@ -92,8 +94,13 @@ def launch_resume(run: Run, kind: str) -> None:
     run.require_unfinished()
     lock = lock_device(kind)
     try:
+        before = run.read_state()
         run.update_state(status="preparing", reason=None)
-        _spawn(run, lock, ["--resume", str(run.path)])
+        try:
+            _spawn(run, lock, ["--resume", str(run.path)])
+        except OSError:
+            run.update_state(status=before["status"], reason=before.get("reason"))
+            raise
     finally:
         lock.release()
 
@@ -214,6 +221,28 @@ def _lock_path(kind: str) -> Path:
         raise RunError(f"{folder}: belongs to another user, so this machine's lock can't be kept there. Remove it.")
     number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if kind == "cuda" else ""
     return folder / f"{kind}{''.join(filter(str.isalnum, number))}.lock"
+
+
+def _try_lock(file: int) -> bool:
+    """Whether the lock could be had; one whose run has ended is waited for."""
+    end = time.monotonic() + _RELEASE_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = Run(Path(os.pread(file, 4096, 0).decode(errors="surrogateescape")))
+            if holder.path == Path() or time.monotonic() > end or _holds(holder):
+                return False
+            time.sleep(0.02)
+        else:
+            return True
+
+
+def _holds(run: Run) -> bool:
+    try:
+        return run.is_alive() or run.read_state()["status"] == "preparing"
+    except RunError:  # its folder is deleted
+        return False
 
 
 def _read_holder(file: int) -> str:

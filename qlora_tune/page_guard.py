@@ -14,7 +14,6 @@ import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from getpass import getpass
 from typing import Any
-from urllib.parse import urlsplit
 
 from qlora_tune.errors import ConfigError
 
@@ -28,6 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 16 << 20  # of anything but an upload
 SHORTEST_PASSWORD = 8
 UPLOAD_PATH = "/gradio_api/upload"
+_HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\[\]]+)(?::\d+)?")
 _INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.S)
 _POLICY = (
     "default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -70,6 +70,9 @@ class Guard:
         self._app, self._hosts, self._max_upload = app, hosts, max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # the page has none, and they would pass the checks below
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -83,10 +86,11 @@ class Guard:
 
     def _refuse(self, headers: MutableMapping[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
-        if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
+        name = _HOST.fullmatch(host)
+        if self._hosts is not None and (not name or name[1].strip("[]").lower() not in self._hosts):
             return 421, f"This page is not served under the host name {host[:100]!r}."
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return 403, "Requests from other pages are refused."
         return None
 

@@ -22,11 +22,12 @@ from qlora_tune.check import CheckReport
 from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
 from qlora_tune.config import TrainConfig, describe_value
+from qlora_tune.errors import ConfigError
 from qlora_tune.evaluate import Answered, Comparison, is_exact_match
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
 from qlora_tune.runs import Run
-from qlora_tune.terminal import printable
+from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
 POINTS = 400  # of one curve
@@ -52,7 +53,7 @@ STYLE = (
 .part .wide { overflow-x: auto; } .part .wide td, .part .wide th { overflow-wrap: normal; }
 .part th { font-weight: 600; } .part .key { white-space: nowrap; width: 6rem; padding-right: 1rem; }
 .part svg { width: 100%; max-width: 680px; height: auto; } .part svg text { fill: currentColor; font-size: 12px; }
-.good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
+.warning { color: var(--warning); } .good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
 .soft { color: var(--note); }
 .tokens span { border-radius: 2px; } .tokens .l { background: var(--learned); } .tokens .c { font-weight: 700; }
 .tokens span:nth-child(even) { text-decoration: underline dotted #8886; text-underline-offset: 3px; }
@@ -84,6 +85,7 @@ STYLE = (
 
 _TEMPLATES = {
     "row": """<h3>{{ view.source }} <span class="soft">{{ view.shape }}</span></h3>
+{% if not view.sequences %}<p class="bad">Not trained on:</p>{% endif %}
 {% for problem in view.problems %}<p class="warning">{{ problem }}</p>{% endfor %}
 {% for tokens in view.sequences %}<p>{{ tokens | length }} tokens, {{ tokens | selectattr("learned") | list | length }}
 learned (coloured); control tokens bold.</p><pre class="tokens" tabindex="0">
@@ -221,12 +223,16 @@ def show_runs(runs: Sequence[Run]) -> str:
     for run in runs:
         state = run.read_state()
         score, loss = state.get("score_tuned"), state.get("eval_loss")
+        try:
+            data = ", ".join(file.rpartition("/")[2] for file in run.read_config().data) or "the built-in sample"
+        except ConfigError as error:
+            data = str(error)
         rows.append(
             (
                 run.name,
                 _state_words(run, state),
                 state.get("preset", "?"),
-                ", ".join(file.rpartition("/")[2] for file in run.read_config().data) or "the built-in sample",
+                data,
                 "" if loss is None else f"{loss:.4f}",
                 "" if score is None else f"{state['score_base']:.0%} → {score:.0%}",
             )

@@ -13,7 +13,7 @@ from qlora_tune import model as models
 from qlora_tune.base import download_bytes, is_local
 from qlora_tune.config import ResolvedConfig, TrainConfig, describe_value, load_preset, pick_preset, resolve_config
 from qlora_tune.errors import TuneError
-from qlora_tune.estimate import MemoryEstimate, estimate_memory, estimate_seconds
+from qlora_tune.estimate import MemoryEstimate, estimate_memory, estimate_seconds, unknown_targets
 from qlora_tune.flags import command_line
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.model import Device
@@ -67,6 +67,8 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
             learned = summary["learned_tokens"] / summary["train_tokens"]
             memory = estimate_memory(setup.base, config, device, setup.precision, longest, learned)
             facts += _setup_facts(setup, resolved)
+            if unknown := unknown_targets(setup.base, config.lora_target_modules):
+                problems.append(f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model.")
             if memory.peak_bytes > device.memory_bytes:
                 problems.append(
                     "It would need more memory than there is. Try a smaller batch size with more gradient "
@@ -75,6 +77,8 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
         else:
             size = download_bytes(config.model_name_or_path, config.model_revision)
             facts.append(("download", f"{size / 1e9:.1f} GB, when the run starts; rows are counted after it"))
+        if config.run_name and (Path(config.runs_dir) / config.run_name).exists():
+            problems.append(f"run_name: {config.run_name} exists. Choose another, or resume that run.")
         refuse_busy_device(device.kind)
     except TuneError as error:
         problems += str(error).splitlines()

@@ -123,7 +123,7 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     else:
         train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
     if config.long_chats == "split":
-        train_examples, split = _split_long_chats(chat, train_examples, config.max_length)
+        train_examples, split = split_long_chats(chat, train_examples, config.max_length)
         report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
@@ -147,7 +147,7 @@ def count_tokens(chat: ChatFormat, messages: Sequence[Message], tools: Sequence[
         return 0
 
 
-def _split_long_chats(
+def split_long_chats(
     chat: ChatFormat, examples: Sequence[Example], max_length: int
 ) -> tuple[list[Example], list[DataProblem]]:
     """Split chats beyond max_length [tokens] at turn boundaries; what can't be split is left to the tokenizing."""

@@ -5,21 +5,21 @@ What is shown comes from the same tokenizing that the trainer gets its rows from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qlora_tune.base import find_base, is_local
-from qlora_tune.chat_format import IGNORED, ChatFormat, TokenizedExample
+from qlora_tune.chat_format import IGNORED, ChatFormat, tokenize_examples
 from qlora_tune.check import CheckReport, check_files
 from qlora_tune.config import TrainConfig
 from qlora_tune.containers import read_rows
 from qlora_tune.data import parse_columns
-from qlora_tune.errors import DataError, ModelError, TemplateError
+from qlora_tune.errors import DataError, ModelError
 from qlora_tune.model import load_tokenizer
-from qlora_tune.prepare import count_tokens
+from qlora_tune.prepare import count_tokens, split_long_chats
 from qlora_tune.shapes import DataProblem, Example, Row, map_columns, to_examples
 from qlora_tune.turns import RowError
 
@@ -58,7 +58,7 @@ def view_row(path: Path, line: int, config: TrainConfig) -> RowView:
     columns = parse_columns(config.map)
     for row in read_rows(path, columns.values(), config.encoding):
         if row.line >= line and not (isinstance(row, DataProblem) and row.action == "skipped"):
-            return _view(row, load_format(config), config.max_length, columns)
+            return _view(row, config, columns)
     raise DataError(f"{path.name}: has no row at line {line} or below it.")
 
 
@@ -93,7 +93,7 @@ def _load_format(name: str, revision: str | None, template: Literal["auto", "cha
     return load_tokenizer(find_base(name, revision).path, template)[1]
 
 
-def _view(row: Row | DataProblem, chat: ChatFormat, max_length: int, columns: Mapping[str, str]) -> RowView:
+def _view(row: Row | DataProblem, config: TrainConfig, columns: Mapping[str, str]) -> RowView:
     source = f"{Path(row.file).name}:{row.line}"
     if isinstance(row, DataProblem):
         return RowView(source, row.original, problems=[row.reason])
@@ -101,15 +101,10 @@ def _view(row: Row | DataProblem, chat: ChatFormat, max_length: int, columns: Ma
         conversion = to_examples(row._replace(fields=map_columns(row.fields, columns)) if columns else row)
     except RowError as error:
         return RowView(source, row.fields, problems=[str(error)])
-    problems = list(conversion.changes)
-    sequences = [found for example in conversion.examples for found in _tokenize(chat, example, max_length, problems)]
+    chat, examples, split = load_format(config), list(conversion.examples), list[DataProblem]()
+    if config.long_chats == "split":
+        examples, split = split_long_chats(chat, examples, config.max_length)
+    sequences, problems = tokenize_examples(chat, examples, config.max_length)
     tokens = [mark_tokens(chat.tokenizer, found.input_ids, found.labels) for found in sequences]
-    return RowView(source, row.fields, conversion.shape, list(conversion.examples), tokens, problems)
-
-
-def _tokenize(chat: ChatFormat, example: Example, max_length: int, problems: list[str]) -> Iterable[TokenizedExample]:
-    try:
-        return chat.tokenize_example(example.messages, max_length, example.source, example.tools)
-    except TemplateError as error:
-        problems.append(f"not trained on: {error}")
-        return []
+    told = [*conversion.changes, *(problem.reason for problem in (*split, *problems))]
+    return RowView(source, row.fields, conversion.shape, examples, tokens, told)

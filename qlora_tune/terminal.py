@@ -23,6 +23,7 @@ from qlora_tune.errors import MAX_LISTED, ModelError
 from qlora_tune.evaluate import Comparison, is_exact_match
 from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
+from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
 
@@ -36,11 +37,6 @@ class _Console(Console):
 
 console = _Console(highlight=False, emoji=False)
 errors = Console(highlight=False, emoji=False, stderr=True)
-# Control characters in data or answers could move the cursor, clear the screen, rename the window or turn the writing
-# direction: shown as their pictures instead.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
-
 _ACTIONS = {"rejected": "red", "changed": "yellow", "skipped": "dim"}
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
 
@@ -48,11 +44,6 @@ CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answe
 def say(text: str) -> None:
     """Print text as it is: no markup, no line breaks that would tear a path or a command apart."""
     console.print(printable(text), markup=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Text from data or a model, with control characters made visible and harmless."""
-    return text.translate(_PICTURES)
 
 
 def show_report(report: DataReport) -> None:

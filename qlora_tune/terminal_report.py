@@ -14,7 +14,8 @@ from qlora_tune.mixture import Coverage
 from qlora_tune.quality import DEFECTS
 from qlora_tune.repair import Repair
 from qlora_tune.shapes import NO_TASK
-from qlora_tune.terminal import console, printable, say
+from qlora_tune.terminal import console, say
+from qlora_tune.text_signs import printable
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 _LINES_SHOWN = 6

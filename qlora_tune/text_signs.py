@@ -145,3 +145,14 @@ WRONG_WIDE_ENCODINGS = ("cp932", "gb18030")  # of two bytes a character: short r
 FOREIGN = re.compile(r"[^\x00-\x7f]{3,}")
 LITERAL = re.compile(r"\\n(?!abla|eq|eg|ot\b|u\b|i\b|mid|sub|ewline)")  # formulas have commands of that letter
 SWAPPED_CASE = re.compile(r"\b[а-я][А-Я]{4,}\b")  # Cyrillic of one 8-bit encoding read as another
+
+
+# Control characters in data or answers could move the cursor, clear the screen, rename the window or turn the writing
+# direction: shown as their pictures instead.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """Text from data or a model, with control characters made visible and harmless."""
+    return text.translate(_PICTURES)

@@ -18,7 +18,6 @@ FLAG_SETS: list[Any] = [
     {"preset": "none", "learning_rate": 3e-4, "lora_alpha": 12.5, "eval_steps": 0.125},
     pytest.param(
         {"preset": "builtin", "learning_rate": 0.00012345678, "heldout_share": 1 / 3},
-        marks=pytest.mark.xfail(strict=True, reason="command_line rounds numbers to six digits"),
     ),
     {"preset": "builtin", "load_in_4bit": False, "use_dora": True, "load_best_model_at_end": False},
     {"preset": "builtin", "data": ["my rows.jsonl", 'it\'s "quoted" $HOME `x` \\.csv', "ünï/字.json"]},
@@ -29,7 +28,6 @@ FLAG_SETS: list[Any] = [
     {"preset": "builtin", "neftune_noise_alpha": 5, "run_name": "a name", "runs_dir": "my runs"},
     pytest.param(
         {"preset": "builtin", "data": ["-rows.jsonl"], "runs_dir": "-runs"},
-        marks=pytest.mark.xfail(strict=True, reason="a name that begins with a dash is written as a flag"),
     ),
     {"model_name_or_path": "./my base", "chat_template": "plain", "model_revision": "v1.0"},
     {"preset": "builtin", "run_name": "it's 5 o'clock; rm -rf *"[:21]},

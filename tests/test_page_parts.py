@@ -200,7 +200,7 @@ def test_nothing_that_is_shown_loads_or_runs_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", INJECTIONS)
 @pytest.mark.parametrize("name", ["conversation", "answers", "log", "table", "row"])
 def test_a_reader_sees_the_text_as_it_is_with_its_line_breaks(name: str, text: str, tmp_path: Path) -> None:
-    from qlora_tune.terminal import printable
+    from qlora_tune.text_signs import printable
 
     expected = printable(text).replace("\x85", "�")
     assert expected in Skeleton(SHOWN[name](text, tmp_path)).text
@@ -215,7 +215,6 @@ def test_control_characters_are_shown_as_pictures() -> None:
     assert text == "a␛[2Jb␀c�d\te"
 
 
-@pytest.mark.xfail(strict=True, reason="render_check escapes, but doesn't pass its texts through printable")
 def test_control_characters_are_shown_as_pictures_in_a_report_too(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"instruction": "a", "output": "b", "task": "x\u202ey\x1b[2J"}))
@@ -380,7 +379,6 @@ def test_runs_are_listed_with_scores_and_an_empty_list_says_what_to_do(ended: Ru
     assert "No runs yet" in parts.show_runs([])
 
 
-@pytest.mark.xfail(strict=True, reason="show_runs reads config.toml of every run and raises for a damaged one")
 def test_a_damaged_run_does_not_hide_the_others(ended: Run) -> None:
     damaged = new_run(settings(runs_dir=str(ended.path.parent), run_name="damaged"))
     (damaged.path / "config.toml").write_text("lora_r = ")

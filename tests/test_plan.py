@@ -120,7 +120,6 @@ def test_a_larger_batch_takes_more_memory_and_too_large_a_one_is_a_problem(monke
         pytest.param(
             {"lora_target_modules": ["typo"]},
             ["typo"],
-            marks=pytest.mark.xfail(strict=True, reason="names of layers are looked at only when the base is loaded"),
         ),
         ({"early_stopping_patience": 2, "load_best_model_at_end": False}, ["needs load_best"]),
         ({"max_length": 16}, ["No row is left to train on"]),
@@ -176,7 +175,6 @@ def test_a_plan_leaves_the_device_free_and_makes_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the name is looked at only when the run is made")
 def test_a_run_name_that_is_taken_is_a_problem_before_start(tmp_path: Path) -> None:
     new_run(settings(runs_dir=str(tmp_path), run_name="mine"))
     assert "exists" in told(plan_run({"preset": "builtin", "runs_dir": str(tmp_path), "run_name": "mine"}))

@@ -97,7 +97,7 @@ def test_an_end_of_turn_typed_by_a_user_is_no_control_token(tmp_path: Path) -> N
         ({"a": 1}, "no known shape"),
         ('{"instruction": "a", "out', "JSON"),
         ({"messages": [{"role": "user", "content": "only a question"}]}, "assistant"),
-        ({"instruction": "long " * 2000, "output": "x"}, "not trained on: .*256"),
+        ({"instruction": "long " * 2000, "output": "x"}, "tokens long, max_length is 256"),
         ("[1, 2]", "list"),
         ({"instruction": "a", "output": ""}, "empty"),
     ],
@@ -178,12 +178,10 @@ def test_a_long_chat_is_shown_as_far_as_it_is_trained_on(tmp_path: Path) -> None
     assert shown(view_row(file, 1, settings())) == trained(file, 1, settings())
 
 
-@pytest.mark.xfail(strict=True, reason="the view of a row knows nothing of what was cut behind max_length")
 def test_a_long_chat_says_that_it_is_cut(tmp_path: Path) -> None:
     assert view_row(long_chat(tmp_path), 1, settings()).problems
 
 
-@pytest.mark.xfail(strict=True, reason="the view of a row ignores long_chats")
 def test_a_long_chat_that_is_split_is_shown_split(tmp_path: Path) -> None:
     file, config = long_chat(tmp_path), settings(long_chats="split")
     assert shown(view_row(file, 1, config)) == trained(file, 1, config)
