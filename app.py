@@ -94,15 +94,19 @@ def fill_fields(preset: str) -> tuple[Any, ...]:
     return tuple(gr.skip() if name in KEPT else as_field(getattr(config, name)) for name in NAMES)
 
 
-def on(trigger: Any, function: Callable[..., Any], inputs: Any, say: Any, outputs: Any, **options: Any) -> Any:
+def on(
+    trigger: Any, function: Callable[..., Any], inputs: Any, say: Any, outputs: Any, busy: str = "", **options: Any
+) -> Any:
     """Call a function on an event, or any of several. A problem is said in `say`, and the outputs stay as they are."""
 
     def call(*values: Any) -> Any:
+        if busy:
+            yield (parts.show_message(busy, "soft"), *(gr.skip(),) * len(outputs))
         try:
             result, said = function(*values), ""
         except (TuneError, OSError) as error:
             result, said = (gr.skip(),) * len(outputs), parts.show_message(str(error), "bad")
-        return (said, *(result if isinstance(result, tuple) else (result,))) if outputs else said
+        yield (said, *(result if isinstance(result, tuple) else (result,))) if outputs else said
 
     listen = functools.partial(gr.on, trigger) if isinstance(trigger, list) else trigger
     return listen(call, inputs, [say, *outputs], **{"api_visibility": "private", "show_progress": "minimal", **options})
@@ -144,6 +148,7 @@ def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  
         if seen % 500 == 0:
             progress((seen, None), desc="reading rows", unit="rows")
 
+    yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6
     try:
         config = read_config(values)
         files = [str(shipped_path("sample.jsonl"))] if data in (SAMPLE, "", None) else find_data([data])
@@ -152,9 +157,10 @@ def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  
             raise DataError("\n".join(refused))
         row = show_row(files[0], 1, *values)
     except (TuneError, OSError) as error:
-        return parts.show_message(str(error), "bad"), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
+        yield parts.show_message(str(error), "bad"), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
+        return
     several = gr.Dropdown(files, value=files[0], visible=len(files) > 1)
-    return "", report, parts.show_check(report), row, several, 1, gr.Column(visible=True)
+    yield "", report, parts.show_check(report), row, several, 1, gr.Column(visible=True)
 
 
 def show_row(file: str, line: float, *values: Any) -> str:
@@ -167,17 +173,24 @@ def repair(report: Any, *values: Any) -> tuple[Any, ...]:
         target = Path(scratch) / f"{name}-repaired.jsonl"
         done = repair_files(report, target, columns=parse_columns(config.map), encoding=config.encoding)
         words = f"{done.rows_in:,} rows: {done.kept:,} kept, {done.repaired:,} mended, {done.dropped:,} dropped."
-        return hand_out(done.output), hand_out(done.log), parts.show_message(words, "good")
+        kept = str(launch.keep_upload(done.output, runs_dir))
+        return (
+            hand_out(done.output),
+            hand_out(done.log),
+            parts.show_message(words, "good"),
+            kept,
+            gr.Button(visible=True),
+        )
 
 
 def take_upload(file: str) -> tuple[Any, Any]:
     kept = str(launch.keep_upload(Path(file), runs_dir))
-    return gr.Dropdown([SAMPLE, kept], value=kept), gr.Dropdown([SAMPLE, kept], value=kept)
+    return kept, gr.Dropdown([SAMPLE, kept], value=kept)
 
 
-def show_card(*values: Any) -> tuple[str, str]:
+def show_card(*values: Any) -> tuple[str, str, Any]:
     plan = plan_run(read_fields(values))
-    return parts.show_card(plan), plan.command
+    return parts.show_card(plan), plan.command, gr.Button(interactive=not plan.problems)
 
 
 def start(*values: Any) -> Any:
@@ -191,24 +204,28 @@ def start(*values: Any) -> Any:
 
 def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     """What has changed of the run shown since it was last looked at; nothing where nothing has."""
-    names = run_names()
+    names, asked = run_names(), name
     if name not in names:
         name = next((run.name for run in list_runs(runs_dir) if run.is_alive()), next(iter(names), None))
     if name is None:
         empty = parts.show_message("No run yet. What a run does is shown here while it goes on.", "soft")
-        return gr.Dropdown([], value=None), None, empty, "", *(gr.Button(visible=False) for _ in range(4))
+        hidden = (gr.Button(visible=False) for _ in range(4))
+        return gr.Dropdown([], value=None), None, empty, "", "", gr.Button(visible=True), *hidden
     run = find_run(name)
     alive, output = run.is_alive(), run.path / launch.OUTPUT_FILE
     stamps = [path.stat().st_mtime_ns for path in (*run.path.glob("*.json*"), output) if path.exists()]
     if seen == (now := (name, names, alive, stamps)):
-        return (gr.skip(),) * 8
-    log = output.read_bytes()[-8000:].decode(errors="replace") if output.exists() else "It was started in a terminal."
+        return (gr.skip(),) * 10
+    log = output.read_bytes()[-20_000:].decode(errors="ignore") if output.exists() else "It was started in a terminal."
     unfinished, tuned = (
         run.read_state()["status"] in ("stopped", "interrupted", "failed"),
         run.has_adapter and not alive,
     )
     shown = (gr.Button(visible=visible) for visible in (alive, unfinished, tuned, tuned))
-    return gr.Dropdown(names, value=name), now, parts.show_run(run), parts.show_log(log), *shown
+    # A value only where it is another one: what Start has just put there must stay.
+    choice = gr.Dropdown(names) if asked == name else gr.Dropdown(names, value=name)
+    brief = parts.show_brief(run) if alive else ""
+    return choice, now, parts.show_run(run), parts.show_log(log), brief, gr.Button(visible=not alive), *shown
 
 
 def resume(name: str) -> tuple[()]:
@@ -281,7 +298,7 @@ def list_examples(adapter: str | None) -> Any:
     run = Run(Path(adapter or "").parent)
     rows = run.read_heldout()[:300] if (run.path / "heldout.jsonl").exists() else []
     labels = [f"{row.task or 'row'}: {row.messages[-2]['content'][:80]}" for row in rows]
-    return gr.Dropdown([(label, index) for index, label in enumerate(labels)], value=None)
+    return gr.Dropdown([(label, index) for index, label in enumerate(labels)], value=None, visible=bool(rows))
 
 
 def use_example(index: int, adapter: str) -> tuple[Any, ...]:
@@ -301,18 +318,17 @@ def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
     return gr.Dropdown(known, value=chosen), table
 
 
-def compare_runs(names: list[str], which: Any) -> tuple[str, str, str]:
-    """Curves and differences of the chosen runs; scores and answers of the first one."""
+def compare_runs(names: list[str], which: Any) -> tuple[str, str, str, str]:
+    """Curves, differences and scores of the chosen runs; answers of the first one."""
     runs = [find_run(name) for name in names or []]
     if not runs:
-        return "", "", ""
+        return "", "", "", parts.show_message("Choose a run above.", "soft")
     curves = parts.show_losses(runs) + (parts.show_differences(runs) if len(runs) > 1 else "")
-    try:
-        comparison = read_comparison(runs[0])
-    except RunError as error:
-        return curves, parts.show_message(str(error), "soft"), ""
-    answers = parts.show_answers(pick_answers(comparison, which, 5))
-    return curves, parts.show_scores(comparison, runs[0].name), answers
+    scored = {run.name: read_comparison(run) for run in runs if (run.path / "scores.json").exists()}
+    scores = parts.show_scores(scored) if scored else parts.show_message("Not scored yet.", "soft")
+    chosen = pick_answers(scored[runs[0].name], which, 5) if runs[0].name in scored else []
+    acts = parts.show_message(f"Export, answers, rename and delete: {runs[0].name}", "soft")
+    return curves, scores, parts.show_answers(chosen), acts
 
 
 def first_tuned(names: list[str]) -> Any:
@@ -334,9 +350,9 @@ def export_merged(names: list[str], into: Any, dtype: Any) -> str:
     return parts.show_message(words, "good")
 
 
-def rename(names: list[str], name: str) -> tuple[Any, str]:
+def rename(names: list[str], name: str) -> tuple[Any, ...]:
     renamed = launch.rename_run(find_run(names[0] if names else None), name.strip())
-    return refresh_runs([renamed.name, *names[1:]])
+    return *refresh_runs([renamed.name, *names[1:]]), ""
 
 
 def delete(names: list[str]) -> tuple[Any, ...]:
@@ -349,7 +365,8 @@ def build() -> Any:
     """The page's four tabs. What several tabs share is made first and placed where it belongs."""
     with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         fields = {name: make_field(name) for name in NAMES}
-        picked = gr.Dropdown([SAMPLE], value=None, allow_custom_value=True, label="Data file or folder", render=False)
+        hint = "Type a path and press Enter, or upload"
+        picked = gr.Textbox(label="Data: file, folder or hub dataset", placeholder=hint, render=False)
         adapter = gr.Dropdown([], label="Adapter", render=False)
         chosen = gr.Dropdown([], multiselect=True, label="Runs; the first is looked at and exported", render=False)
         part("<h1>qlora-tune</h1>")
@@ -379,25 +396,27 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
             back = gr.Button("Previous row", scale=0, min_width=140)
             forth = gr.Button("Next row", scale=0, min_width=120)
             go = gr.Button("Train on this data", variant="primary", scale=0, min_width=190)
-        with gr.Row():
+        with gr.Row(elem_classes="split"):
             row = part(elem_classes="pane")
             with gr.Column():
-                checked = part()
                 mend = gr.Button("Repair: write a mended copy, and a log of every change")
+                mended, copied = part(), gr.State("")
+                use = gr.Button("Use the mended copy", variant="primary", visible=False)
                 copy, log = (gr.DownloadButton(visible=False) for _ in range(2))
-                mended = part()
-    check: Any = {"fn": check_data, "inputs": [picked, *values], "show_progress_on": [say]}
+                checked = part()
+    check: Any = {"fn": check_data, "inputs": [picked, *values], "show_progress": "hidden"}
     check |= {"outputs": [say, report, checked, row, file, line, found], "api_visibility": "private"}
     both = [picked, fields["data"]]
     on(upload.upload, take_upload, [upload], say, both).then(**check)
     on(example.click, lambda: (SAMPLE, SAMPLE), None, say, both).then(**check)
-    on(picked.input, lambda value: (value, value), [picked], say, both).then(**check)
+    on(picked.submit, lambda value: (value, value or SAMPLE), [picked], say, both).then(**check)
     on(fields["data"].input, lambda value: (value, value), [fields["data"]], say, both).then(**check)
     look: Any = {"function": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
     on([line.submit, file.input], **look)
     on(on(back.click, lambda at: max(1, at - 1), [line], say, [line]).then, **look)
     on(on(forth.click, lambda at: at + 1, [line], say, [line]).then, **look)
-    on(mend.click, repair, [report, *values], say, [copy, log, mended])
+    on(mend.click, repair, [report, *values], say, [copy, log, mended, copied, use], busy="Mending …")
+    on(use.click, lambda value: (value, value), [copied], say, both).then(**check)
     on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
 
 
@@ -407,31 +426,30 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
         with gr.Column(scale=3):
             place_fields(fields)
         with gr.Column(scale=2, elem_classes="card"):
-            card, say = part(parts.show_message("Reading the settings …", "soft")), part()
+            card, say, brief = part(parts.show_message("Reading the settings …", "soft")), part(), part()
             begin = gr.Button("Start", variant="primary")
-            command = gr.Code(label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True)
+            stop = gr.Button("Stop …", visible=False)
+            with gr.Column(visible=False) as asked:
+                part(parts.show_message(STOP_WORDS))
+                save = gr.Button("Save and stop", variant="primary")
+                drop = gr.Button("Discard the run", variant="stop")
+                keep = gr.Button("Keep training")
+            command = gr.Code(label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True, max_lines=6)
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown([], label="Run shown below")
-        stop = gr.Button("Stop …", visible=False, scale=0, min_width=100)
         again = gr.Button("Resume", variant="primary", visible=False, scale=0, min_width=120)
         talk = gr.Button("Compare base and tuned", variant="primary", visible=False, scale=0, min_width=250)
         out = gr.Button("Scores and export", visible=False, scale=0, min_width=190)
-    with gr.Column(visible=False) as asked:
-        part(parts.show_message(STOP_WORDS))
-        with gr.Row():
-            save = gr.Button("Save and stop", variant="primary")
-            drop = gr.Button("Discard the run", variant="stop")
-            keep = gr.Button("Keep training")
     say_run, say_watch, live = part(), part(), part(elem_classes="pane")
     with gr.Accordion("Log", open=False):
         log = part()
     on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
     shown: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    on([page.load, *(field.change for field in values)], show_card, values, say, [card, command], **shown)
-    watched = [name, seen, live, log, stop, again, talk, out]
+    on([page.load, *(field.change for field in values)], show_card, values, say, [card, command, begin], **shown)
+    watched = [name, seen, live, log, brief, begin, stop, again, talk, out]
     ticks = [page.load, gr.Timer(1.0).tick, name.input]
     on(ticks, watch, [name, seen], say_watch, watched, show_progress="hidden", concurrency_limit=None)
-    on(begin.click, start, values, say, [name], scroll_to_output=True)
+    on(begin.click, start, values, say, [name], busy="Starting …")
     on(again.click, resume, [name], say_run, [])
     reveal(stop.click, asked, say_run, True)
     reveal(keep.click, asked, say_run, False)
@@ -462,19 +480,20 @@ def build_chat(tab: Any, adapter: Any) -> None:
     left, right = gr.State([]), gr.State([])
     with gr.Row(elem_classes="bar"):
         adapter.render()
-        one = gr.Dropdown(["base", "tuned", "merged"], value="base", label="Left answers")
-        two = gr.Dropdown(["tuned", "base", "merged", "off"], value="tuned", label="Right answers")
+        one = gr.Dropdown(["base", "tuned", "merged"], value="base", label="Left side")
+        two = gr.Dropdown(["tuned", "base", "merged", "off"], value="tuned", label="Right side")
         upload = gr.UploadButton("Open an adapter (.zip)", file_types=[".zip"], scale=0, min_width=240)
     with gr.Row():
-        panes = [part(parts.show_conversation([]), elem_classes="pane") for _ in range(2)]
-    say, expected = part(), part()
+        panes = [part(parts.show_conversation([], who), elem_classes="pane") for who in ("base", "tuned")]
+    say = part()
+    example = gr.Dropdown([], label="Held-out prompts: rows that were not trained on")
+    expected = part()
     with gr.Row(elem_classes="bar"):
         prompt = gr.Textbox(label="Your message", lines=1, placeholder="Enter sends")
         send = gr.Button("Send", variant="primary", scale=0, min_width=90)
         halt = gr.Button("Stop", scale=0, min_width=90)
         redo = gr.Button("Retry", scale=0, min_width=90)
         clear = gr.Button("Clear", scale=0, min_width=90)
-    example = gr.Dropdown([], label="Held-out prompts: rows that were not trained on")
     with gr.Row():
         system = gr.Textbox(label="System prompt", lines=1)
         temperature = gr.Number(0, label="Temperature (0: likeliest token)", minimum=0, maximum=99, step=0.1)
@@ -486,10 +505,10 @@ def build_chat(tab: Any, adapter: Any) -> None:
     stream["api_visibility"] = "private"
     again = on(redo.click, retry, [left, right], say, [prompt, left, right]).then(**stream)
     halt.click(None, cancels=[prompt.submit(**stream), send.click(**stream), again], api_visibility="private")
-    empty = parts.show_conversation([])
-    on(clear.click, lambda: ([], [], empty, empty, ""), None, say, [left, right, *panes, expected])
+    talk, empty = [left, right, *panes, expected], ([], [], *parts.show_sides(([], []), ("base", "tuned")), "")
+    on(clear.click, lambda: empty, None, say, talk)
     on([tab.select, adapter.focus], pick_adapter, [adapter], say, [adapter])
-    on(adapter.change, list_examples, [adapter], say, [example])
+    on(adapter.change, lambda name: (list_examples(name), "", *empty), [adapter], say, [example, system, *talk])
     on(example.input, use_example, [example, adapter], say, [system, left, right, prompt, expected])
     on(upload.upload, open_zip, [upload], say, [adapter])
 
@@ -497,31 +516,36 @@ def build_chat(tab: Any, adapter: Any) -> None:
 def build_runs(tab: Any, chosen: Any) -> None:
     table, say = part(), part()
     chosen.render()
-    with gr.Row():
+    with gr.Row(elem_classes="split"):
         curves, scores = part(), part()
     with gr.Row(elem_classes="bar"):
         pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=260)
         into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized is what was trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
         merge = gr.Button("Export the merged model", scale=0, min_width=260)
-    done, packed = part(), gr.DownloadButton(visible=False)
+    say_out, done, packed, acts = part(), part(), gr.DownloadButton(visible=False), part()
     which = gr.Radio(["best", "worst", "random"], value="worst", label="Answers")
     answers = part()
     with gr.Row(elem_classes="bar"):
         name = gr.Textbox(label="New name")
         change = gr.Button("Rename", scale=0, min_width=110)
         doom = gr.Button("Delete …", variant="stop", scale=0, min_width=110)
+    say_down = part()
     with gr.Row(visible=False) as asked:
         sure = gr.Button("Delete it, with its adapter and uploaded data", variant="stop")
         keep = gr.Button("Keep it")
     on(tab.select, refresh_runs, [chosen], say, [chosen, table])
-    on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers])
-    on(pack.click, export_zip, [chosen], say, [packed, done], concurrency_id="model")
-    on(merge.click, export_merged, [chosen, into, dtype], say, [done], concurrency_id="model")
-    on(change.click, rename, [chosen, name], say, [chosen, table])
-    reveal(doom.click, asked, say, True)
-    reveal(keep.click, asked, say, False)
-    on(sure.click, delete, [chosen], say, [chosen, table, asked])
+    on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers, acts])
+    wait: Any = {
+        "busy": "Exporting: writing, loading it again, comparing …",
+        "concurrency_id": "model",
+    }
+    on(pack.click, export_zip, [chosen], say_out, [packed, done], **wait)
+    on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **wait)
+    on(change.click, rename, [chosen, name], say_down, [chosen, table, name])
+    reveal(doom.click, asked, say_down, True)
+    reveal(keep.click, asked, say_down, False)
+    on(sure.click, delete, [chosen], say_down, [chosen, table, asked])
 
 
 cli = App(name="app.py", help="The page of qlora-tune, for a browser on this machine.")

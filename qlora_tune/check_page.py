@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_tune.check import CheckReport
 from qlora_tune.lengths import Histogram
 from qlora_tune.quality import DEFECTS
+from qlora_tune.shapes import NO_TASK
 from qlora_tune.text_signs import printable
 
 if TYPE_CHECKING:
@@ -63,15 +64,16 @@ width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title }}</title>
 {{ defect.severity }}</span> <b>{{ kind }}</b>: {{ "{:,}".format(report.counts[kind]) }} rows.
 {{ defect.meaning }}</summary>
 <table>{% for finding in report.findings[kind][:shown] %}<tr>
-<td><code>{{ finding.file }}{{ ":%d" % finding.line if finding.line }}</code></td>
+<td><code title="{{ finding.file }}">{{ (finding.file | string).rpartition("/")[2] }}
+{{- ":%d" % finding.line if finding.line }}</code></td>
 <td>{{ finding.detail }}</td></tr>{% endfor %}</table>
 {% if report.counts[kind] > shown %}<p>… and {{ report.counts[kind] - shown }} more.</p>{% endif %}
 </details>{% endfor %}
-{% for title, counts in (("Shapes", report.shapes), ("Tasks", report.tasks)) %}{% if counts %}
-<h2>{{ title }}</h2>
+{% for title, counts in (("Shapes", report.shapes), ("Tasks", report.tasks)) if counts and no_task not in counts %}
+<details><summary><b>{{ title }}</b>: {{ counts | length }}</summary>
 <table>{% for name, count in counts.most_common() %}<tr><td>{{ name }}</td>
-<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
-{% endif %}{% endfor %}
+<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table></details>
+{% endfor %}
 {% for note in report.notes %}<p>{{ note }}</p>{% endfor %}
 """
 
@@ -107,6 +109,7 @@ def render_check(report: CheckReport) -> Markup:
         .render(
             report=report,
             defects=DEFECTS,
+            no_task=NO_TASK if len(report.tasks) == 1 else None,
             shown=_SHOWN,
             width=_WIDTH,
             height=_HEIGHT,

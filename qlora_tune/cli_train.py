@@ -208,6 +208,11 @@ def _score(
         say(f"not scored: {why}")
         return
     with terminal.scoring_progress() as progress:
+
+        def on_progress(who: str, done: int, total: int) -> None:
+            progress(who, done, total)
+            run.update_state(scoring=[who, done, total])
+
         comparison = scores.compare(
             model,
             chat,
@@ -216,7 +221,7 @@ def _score(
             max_new_tokens=config.max_new_tokens,
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
-            on_progress=progress,
+            on_progress=on_progress,
         )
     answers = scores.write_comparison(run, comparison, name)
     if not name:

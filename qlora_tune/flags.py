@@ -69,8 +69,10 @@ def flags_of_fields(given: Mapping[str, Any], usual: TrainConfig) -> dict[str, A
             continue
         if is_list(name):
             flags[name] = [line.strip() for line in str(value or "").splitlines() if line.strip()]
-        elif value not in (None, "") or getattr(usual, name) is not None:
-            flags[name] = "none" if value in (None, "") else value
+        elif value not in (None, ""):
+            flags[name] = value
+        elif "None" in str(TrainConfig.model_fields[name].annotation) and getattr(usual, name) is not None:
+            flags[name] = "none"  # a field that is left empty elsewhere says nothing
     return flags
 
 

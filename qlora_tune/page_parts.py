@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -23,7 +23,7 @@ from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
 from qlora_tune.config import TrainConfig, describe_value
 from qlora_tune.errors import ConfigError
-from qlora_tune.evaluate import Answered, Comparison, is_exact_match
+from qlora_tune.evaluate import Answered, Comparison, TaskScore, is_exact_match
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
 from qlora_tune.runs import Run
@@ -39,6 +39,9 @@ STYLE = (
 :root { --line: #8884; --error: #c62828; --warning: #9a5b00; --note: #666; --bar: #2e7d32; --learned: #c8ecca;
   --block-info-text-color: #5f6368;
   --c0: #1565c0; --c1: #d84315; --c2: #2e7d32; --c3: #8e24aa; --c4: #00838f; --c5: #8d6e00; }
+:root, .dark { --button-primary-background-fill: #c2410c; --button-primary-background-fill-hover: #9a3412;
+  --button-primary-text-color: #fff; --color-accent: #c2410c; }
+.dark { --color-accent: #fb923c; }
 .dark { --error: #ff8a80; --warning: #ffb74d; --note: #aaa; --bar: #66bb6a; --learned: #1f5a24;
   --block-info-text-color: #b0b3b8;
   --c0: #64b5f6; --c1: #ff8a65; --c2: #81c784; --c3: #ce93d8; --c4: #4dd0e1; --c5: #ffd54f; }
@@ -50,10 +53,12 @@ STYLE = (
 .part th, .part td { border: 0; border-bottom: 1px solid var(--line); padding: .25rem .5rem .25rem 0;
   text-align: left; vertical-align: top; }
 .part td.n, .part th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.part .wide { overflow-x: auto; } .part .wide td, .part .wide th { overflow-wrap: normal; }
+.part .wide { overflow-x: auto; }
+.part .wide td, .part .wide th { overflow-wrap: normal !important; word-break: normal !important; }
 .part th { font-weight: 600; } .part .key { white-space: nowrap; width: 6rem; padding-right: 1rem; }
 .part svg { width: 100%; max-width: 680px; height: auto; } .part svg text { fill: currentColor; font-size: 12px; }
-.warning { color: var(--warning); } .good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
+.warning { color: var(--warning); }
+.good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
 .soft { color: var(--note); }
 .tokens span { border-radius: 2px; } .tokens .l { background: var(--learned); } .tokens .c { font-weight: 700; }
 .tokens span:nth-child(even) { text-decoration: underline dotted #8886; text-underline-offset: 3px; }
@@ -110,6 +115,7 @@ aria-label="{{ "%.0f" % (100 * plan.memory_share) }} % of memory">
 <div style="width: {{ [100 * plan.memory_share, 100] | min }}%"></div></div>
 <details><summary>by part</summary><table>{% for part, size in plan.memory.parts.items() %}
 <tr><td>{{ part }}</td><td class="n">{{ size | gb }}</td></tr>{% endfor %}</table></details>{% endif %}
+{% for warning in plan.warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {% if plan.changes %}<details><summary>what preset {{ plan.preset }} changes ({{ plan.changes | length }})</summary>
 <table>{% for name, value in plan.changes.items() %}<tr><td>{{ name }}</td><td class="n">{{ value }}</td></tr>
 {% endfor %}</table></details>{% endif %}""",
@@ -202,6 +208,13 @@ def show_log(text: str) -> str:
     return _render("log", text=text)
 
 
+def show_brief(run: Run) -> str:
+    """In a line, how far a run is: for the card beside Start."""
+    steps = [entry for entry in run.read_metrics() if "loss" in entry]
+    far = f", step {steps[-1]['step']} of {steps[-1]['total_steps']}" if steps else ""
+    return show_message(f"{run.name}: {_state_words(run, run.read_state())}{far}", "good")
+
+
 def show_losses(runs: Sequence[Run]) -> str:
     """The loss curves of runs over each other, training and held-out."""
     curves = []
@@ -248,6 +261,8 @@ def show_differences(runs: Sequence[Run]) -> str:
     rows = []
     for name in TrainConfig.model_fields:
         values = [describe_value(getattr(config, name)) for config in configs]
+        if name == "data":
+            values = [value.replace("none", "the built-in sample") for value in values]
         if len(set(values)) > 1 and name != "run_name":
             rows.append((name, *values))
     if not rows:
@@ -255,11 +270,25 @@ def show_differences(runs: Sequence[Run]) -> str:
     return show_table(("setting", *(run.name for run in runs)), rows, "settings that differ")
 
 
-def show_scores(comparison: Comparison, name: str) -> str:
-    """The score table, base against tuned."""
-    scores = [*comparison.by_task(), comparison.total()]
-    rows = [(s.task, s.rows, f"{s.base / max(s.rows, 1):.0%}", f"{s.tuned / max(s.rows, 1):.0%}") for s in scores]
-    return show_table(("task", "rows", "base", "tuned"), rows, f"exact match on held-out rows: {name}")
+def show_scores(scored: Mapping[str, Comparison]) -> str:
+    """The score table: the base, and each run by its name. The base's column is that of the first run's rows."""
+    tables = {name: {s.task: s for s in [*found.by_task(), found.total()]} for name, found in scored.items()}
+    base = next(iter(tables.values()))
+    tasks = [*dict.fromkeys(task for table in tables.values() for task in table if task != "all"), "all"]
+
+    def cell(table: Mapping[str, TaskScore], task: str, side: str) -> str:
+        return (
+            f"{getattr(table[task], side) / max(table[task].rows, 1):.0%} of {table[task].rows}"
+            if task in table
+            else ""
+        )
+
+    rows = [(t, cell(base, t, "base"), *(cell(table, t, "tuned") for table in tables.values())) for t in tasks]
+    html = show_table(("task", "base", *tables), rows, "exact match on held-out rows")
+    asked = {tuple(answer.source for answer in found.answers) for found in scored.values()}
+    if len(asked) > 1:
+        html += show_message("These runs were scored on different rows, so their scores can't be compared.", "warning")
+    return html
 
 
 def show_answers(answers: Sequence[Answered]) -> str:
@@ -283,7 +312,8 @@ def _figures(last: dict[str, Any], metrics: Sequence[dict[str, Any]], state: dic
 def _state_words(run: Run, state: dict[str, Any]) -> str:
     status = str(state["status"])
     if status == "finished" and run.is_alive():
-        return "trained and saved; answering the held-out rows"
+        who, done, total = state.get("scoring") or ("base", 0, "the")
+        return f"trained and saved; {who} model answers held-out rows, {done} of {total}"
     return {"preparing": "preparing: reading the rows, loading the base"}.get(status, status)
 
 
@@ -349,7 +379,7 @@ def _shown(text: Any) -> Markup:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 @cache

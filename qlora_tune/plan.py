@@ -11,14 +11,24 @@ from typing import Any
 
 from qlora_tune import model as models
 from qlora_tune.base import download_bytes, is_local
-from qlora_tune.config import ResolvedConfig, TrainConfig, describe_value, load_preset, pick_preset, resolve_config
+from qlora_tune.config import (
+    BUILTIN,
+    ResolvedConfig,
+    TrainConfig,
+    describe_value,
+    load_preset,
+    pick_preset,
+    resolve_config,
+)
 from qlora_tune.errors import TuneError
 from qlora_tune.estimate import MemoryEstimate, estimate_memory, estimate_seconds, unknown_targets
 from qlora_tune.flags import command_line
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.model import Device
-from qlora_tune.prepare import Setup, data_files, prepare, refuse_other_device
+from qlora_tune.prepare import Setup, data_files, heldout_files, prepare, refuse_other_device
 from qlora_tune.runs import fingerprint_files, list_runs
+
+LOST_SHARE = 0.05  # of the rows: beyond it the card says so aloud
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Plan:
     facts: list[tuple[str, str]] = field(default_factory=list)
     memory: MemoryEstimate | None = None
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def memory_share(self) -> float:
@@ -57,6 +68,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
         "changes": {name: describe_value(value) for name, value in changes.items()},
     }
     problems: list[str] = []
+    warnings: list[str] = []
     memory = None
     try:
         refuse_other_device(config.preset, device)
@@ -67,6 +79,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
             learned = summary["learned_tokens"] / summary["train_tokens"]
             memory = estimate_memory(setup.base, config, device, setup.precision, longest, learned)
             facts += _setup_facts(setup, resolved)
+            warnings += _warn(setup, config)
             if unknown := unknown_targets(setup.base, config.lora_target_modules):
                 problems.append(f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model.")
             if memory.peak_bytes > device.memory_bytes:
@@ -84,7 +97,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
         problems += str(error).splitlines()
     except OSError as error:
         problems.append(f"{error.filename or 'this machine'}: {error.strerror or error}")
-    return Plan(command, facts=facts, memory=memory, problems=problems, **told)
+    return Plan(command, facts=facts, memory=memory, problems=problems, warnings=warnings, **told)
 
 
 def pick_here() -> tuple[str, str]:
@@ -113,6 +126,23 @@ def _base_words(config: TrainConfig) -> str:
     return f"{config.model_name_or_path}, {held}, LoRA r {config.lora_r}"
 
 
+def _warn(setup: Setup, config: TrainConfig) -> list[str]:
+    """What a run would do as it was asked, and yet is hardly what anybody wants."""
+    report, warnings = setup.data.report, []
+    too_long = sum("max_length" in problem.reason and problem.action == "rejected" for problem in report.problems)
+    if report.rejected > LOST_SHARE * report.rows_in:
+        warnings.append(
+            f"{report.rejected:,} of {report.rows_in:,} rows are left out, {too_long:,} of them longer than max_length "
+            f"{config.max_length}. Preset cpu-small takes rows of 512 tokens, those for a GPU 1,024 and more."
+        )
+    if setup.base.name == BUILTIN and (config.data or config.heldout_data):
+        warnings.append(
+            "The built-in base is a demonstration that knows a small world: on your own rows it shows how everything "
+            "works, and learns little. Preset cpu-small is the smallest real base (a download of 270 MB)."
+        )
+    return warnings
+
+
 def _setup_facts(setup: Setup, resolved: ResolvedConfig) -> list[tuple[str, str]]:
     config, summary = resolved.config, setup.data.summary()
     steps = setup.total_steps(config)
@@ -121,10 +151,11 @@ def _setup_facts(setup: Setup, resolved: ResolvedConfig) -> list[tuple[str, str]
         setup.base, config, setup.device, setup.precision, summary, steps, list_runs(config.runs_dir)
     )
     lost = summary["rows_in"] - summary["rows_kept"]
+    apart = f" (all of {', '.join(Path(file).name for file in heldout_files(config))})" if heldout_files(config) else ""
     return [
         ("data", ", ".join(Path(file).name for file in data_files(config))),
         ("rows", f"{summary['rows_in']:,} read, {lost:,} rejected, {summary['rows_changed']:,} changed"),
-        ("split", f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out"),
+        ("split", f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out{apart}"),
         (
             "tokens",
             f"{summary['train_tokens']:,}, of which {summary['learned_tokens']:,} are learned; "

@@ -262,7 +262,7 @@ def test_injected_scripts_run_nowhere(
         assert not blocked, "not even tried"
 
     tab.goto(page.url)
-    picked = tab.get_by_label("Data file or folder")
+    picked = tab.get_by_label("Data: file, folder or hub dataset")
     picked.fill(str(data))
     picked.press("Enter")
     button(tab, "Next row").wait_for()
@@ -350,7 +350,7 @@ def test_nothing_is_wider_than_the_window(serve: Callable[[int], Page], tab: Any
 def test_problems_are_said_in_place_and_in_words(serve: Callable[[int], Page], tab: Any, tmp_path: Path) -> None:
     page = serve(7935)
     tab.goto(page.url)
-    picked = tab.get_by_label("Data file or folder")
+    picked = tab.get_by_label("Data: file, folder or hub dataset")
     picked.fill(str(tmp_path / "nowhere.jsonl"))
     picked.press("Enter")
     tab.get_by_role("alert").filter(has_text="nowhere.jsonl").wait_for()
