@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -40,6 +41,7 @@ from qlora_tune.plan import pick_here, plan_run
 from qlora_tune.preview import check_as_trained, view_row
 from qlora_tune.repair import repair_files
 from qlora_tune.runs import Run, list_runs, open_run
+from qlora_tune.text_signs import printable
 
 SAMPLE = "the built-in sample"
 MAX_UPLOAD_BYTES = 1 << 30
@@ -47,10 +49,6 @@ MAIN = ["model_name_or_path", "data", "preset", "num_train_epochs", "max_length"
 MAIN += ["per_device_train_batch_size", "learning_rate", "heldout_share"]
 NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir"))]
 KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a change of preset leaves these
-WELCOME = """Look at the data first. The built-in example leads through everything in three clicks and three minutes.
-Your own rows of instruction and response: .jsonl, .json, .csv, .tsv, .parquet, a folder, or a hub dataset's id."""
-STOP_WORDS = """Save and stop: finishes the step, writes a checkpoint and ends. Resume goes on to the same result.
-Discard the run: ends it at once and deletes its folder, checkpoints and all. This can't be undone."""
 runs_dir = "runs"  # set once, by serve
 
 
@@ -94,18 +92,16 @@ def fill_fields(preset: str) -> tuple[Any, ...]:
     return tuple(gr.skip() if name in KEPT else as_field(getattr(config, name)) for name in NAMES)
 
 
-def on(
-    trigger: Any, function: Callable[..., Any], inputs: Any, say: Any, outputs: Any, busy: str = "", **options: Any
-) -> Any:
+def on(trigger: Any, fn: Any, inputs: Any, say: Any, outputs: Any, busy: str = "", **options: Any) -> Any:
     """Call a function on an event, or any of several. A problem is said in `say`, and the outputs stay as they are."""
 
     def call(*values: Any) -> Any:
         if busy:
             yield (parts.show_message(busy, "soft"), *(gr.skip(),) * len(outputs))
         try:
-            result, said = function(*values), ""
-        except (TuneError, OSError) as error:
-            result, said = (gr.skip(),) * len(outputs), parts.show_message(str(error), "bad")
+            result, said = fn(*values), ""
+        except Exception as error:
+            result, said = (gr.skip(),) * len(outputs), parts.show_problem(error)
         yield (said, *(result if isinstance(result, tuple) else (result,))) if outputs else said
 
     listen = functools.partial(gr.on, trigger) if isinstance(trigger, list) else trigger
@@ -133,9 +129,9 @@ def run_names() -> list[str]:
 
 
 def find_run(name: str | None) -> Run:
-    if not name:
-        raise RunError("No run is chosen. Start one on the tab Train.")
-    return open_run(Path(runs_dir) / name)
+    if name not in run_names():
+        raise RunError(f"Run {name} is gone." if name else "No run is chosen. Start one on the tab Train.")
+    return open_run(Path(runs_dir) / str(name))
 
 
 def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - Gradio looks for it there
@@ -156,15 +152,15 @@ def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  
         if refused := [file.refused for file in report.files if file.refused]:
             raise DataError("\n".join(refused))
         row = show_row(files[0], 1, *values)
-    except (TuneError, OSError) as error:
-        yield parts.show_message(str(error), "bad"), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
+    except Exception as error:
+        yield parts.show_problem(error), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
         return
     several = gr.Dropdown(files, value=files[0], visible=len(files) > 1)
     yield "", report, parts.show_check(report), row, several, 1, gr.Column(visible=True)
 
 
 def show_row(file: str, line: float, *values: Any) -> str:
-    return parts.show_row(view_row(Path(file), int(line or 1), read_config(values)))
+    return parts.show_row(view_row(Path(file), max(1, int(line or 1)), read_config(values)))
 
 
 def repair(report: Any, *values: Any) -> tuple[Any, ...]:
@@ -174,13 +170,8 @@ def repair(report: Any, *values: Any) -> tuple[Any, ...]:
         done = repair_files(report, target, columns=parse_columns(config.map), encoding=config.encoding)
         words = f"{done.rows_in:,} rows: {done.kept:,} kept, {done.repaired:,} mended, {done.dropped:,} dropped."
         kept = str(launch.keep_upload(done.output, runs_dir))
-        return (
-            hand_out(done.output),
-            hand_out(done.log),
-            parts.show_message(words, "good"),
-            kept,
-            gr.Button(visible=True),
-        )
+        shown = parts.show_message(words, "good"), kept, gr.Button(visible=True)
+        return hand_out(done.output), hand_out(done.log), *shown
 
 
 def take_upload(file: str) -> tuple[Any, Any]:
@@ -210,12 +201,12 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     if name is None:
         empty = parts.show_message("No run yet. What a run does is shown here while it goes on.", "soft")
         hidden = (gr.Button(visible=False) for _ in range(4))
-        return gr.Dropdown([], value=None), None, empty, "", "", gr.Button(visible=True), *hidden
+        return gr.Dropdown([], value=None), None, False, empty, "", "", gr.Button(visible=True), *hidden
     run = find_run(name)
     alive, output = run.is_alive(), run.path / launch.OUTPUT_FILE
     stamps = [path.stat().st_mtime_ns for path in (*run.path.glob("*.json*"), output) if path.exists()]
     if seen == (now := (name, names, alive, stamps)):
-        return (gr.skip(),) * 10
+        return (gr.skip(),) * 11
     log = output.read_bytes()[-20_000:].decode(errors="ignore") if output.exists() else "It was started in a terminal."
     unfinished, tuned = (
         run.read_state()["status"] in ("stopped", "interrupted", "failed"),
@@ -225,7 +216,7 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     # A value only where it is another one: what Start has just put there must stay.
     choice = gr.Dropdown(names) if asked == name else gr.Dropdown(names, value=name)
     brief = parts.show_brief(run) if alive else ""
-    return choice, now, parts.show_run(run), parts.show_log(log), brief, gr.Button(visible=not alive), *shown
+    return choice, now, alive, parts.show_run(run), parts.show_log(log), brief, gr.Button(visible=not alive), *shown
 
 
 def resume(name: str) -> tuple[()]:
@@ -269,23 +260,23 @@ def answer(
     prompt: str, left: list[Any], right: list[Any], adapter: str, one: str, two: str, system: str, *sampling: Any
 ) -> Iterator[tuple[Any, ...]]:
     """Stream the answers of both sides, one after the other: they share one loaded base."""
-    before, voices, shown = [left, right], (one, two), 0.0
+    before, voices, shown, kept = [left, right], (one, two), 0.0, gr.skip()  # what is typed meanwhile stays
     try:
         if not prompt.strip():
             raise ConfigError("Write a message first, or choose a held-out prompt.")
+        given = chat.check_sampling(*sampling)
         sides = [chat.ask(turns, prompt) for turns in before]
         yield parts.show_message("Loading …", "soft"), "", *before, *parts.show_sides(sides, voices)
-        given: Any = dict(zip(("temperature", "top_p", "max_new_tokens"), sampling, strict=True))
         asked: Any = [None if who == "off" else who for who in voices]
         for grown in chat.answer_sides(open_chat(adapter), asked, sides, system, **given):
             sides = grown
             if time.monotonic() - shown > 0.05:  # a browser need not draw each token
                 shown = time.monotonic()
-                yield "", "", *sides, *parts.show_sides(sides, voices)
+                yield "", kept, *sides, *parts.show_sides(sides, voices)
         words = "" if len(sides[0]) > len(left) else "No answer; the turn is left out."
-        yield parts.show_message(words, "soft"), "", *sides, *parts.show_sides(sides, voices)
-    except (TuneError, OSError) as error:
-        yield parts.show_message(str(error), "bad"), prompt, *before, *parts.show_sides(before, voices)
+        yield parts.show_message(words, "soft"), kept, *sides, *parts.show_sides(sides, voices)
+    except Exception as error:
+        yield parts.show_problem(error), prompt, *before, *parts.show_sides(before, voices)
 
 
 def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
@@ -295,16 +286,14 @@ def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]
 
 
 def list_examples(adapter: str | None) -> Any:
-    run = Run(Path(adapter or "").parent)
-    rows = run.read_heldout()[:300] if (run.path / "heldout.jsonl").exists() else []
-    labels = [f"{row.task or 'row'}: {row.messages[-2]['content'][:80]}" for row in rows]
-    return gr.Dropdown([(label, index) for index, label in enumerate(labels)], value=None, visible=bool(rows))
+    rows = chat.list_heldout(Path(adapter or "").parent)
+    return gr.Dropdown(rows, value=None, visible=bool(rows))
 
 
 def use_example(index: int, adapter: str) -> tuple[Any, ...]:
     """Put a held-out row into the fields: system prompt, what was said before, question; and what is expected."""
     system, turns, question, expected = chat.split_example(Run(Path(adapter).parent).read_heldout()[index])
-    return system, turns, turns, question, parts.show_message(f"Expected: {expected}", "soft")
+    return printable(system), turns, turns, printable(question), parts.show_message(f"Expected: {expected}", "soft")
 
 
 def open_zip(file: str) -> Any:
@@ -388,11 +377,11 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
         picked.render()
         upload = gr.UploadButton("Upload a file", scale=0, min_width=150)
         example = gr.Button("Use the built-in example", variant="primary", scale=0, min_width=260)
-    say = part(parts.show_message(WELCOME))
+    say = part(parts.show_message(parts.WELCOME))
     with gr.Column(visible=False) as found:
         with gr.Row(elem_classes="bar"):
             file = gr.Dropdown([], label="File", visible=False)
-            line = gr.Number(1, label="Line", precision=0, minimum=1)
+            line = gr.Number(1, label="Line", precision=0)
             back = gr.Button("Previous row", scale=0, min_width=140)
             forth = gr.Button("Next row", scale=0, min_width=120)
             go = gr.Button("Train on this data", variant="primary", scale=0, min_width=190)
@@ -411,17 +400,17 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
     on(example.click, lambda: (SAMPLE, SAMPLE), None, say, both).then(**check)
     on(picked.submit, lambda value: (value, value or SAMPLE), [picked], say, both).then(**check)
     on(fields["data"].input, lambda value: (value, value), [fields["data"]], say, both).then(**check)
-    look: Any = {"function": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
+    look: Any = {"fn": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
     on([line.submit, file.input], **look)
-    on(on(back.click, lambda at: max(1, at - 1), [line], say, [line]).then, **look)
-    on(on(forth.click, lambda at: at + 1, [line], say, [line]).then, **look)
+    on(on(back.click, lambda at: max(1, (at or 2) - 1), [line], say, [line]).then, **look)
+    on(on(forth.click, lambda at: (at or 0) + 1, [line], say, [line]).then, **look)
     on(mend.click, repair, [report, *values], say, [copy, log, mended, copied, use], busy="Mending …")
     on(use.click, lambda value: (value, value), [copied], say, both).then(**check)
     on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
 
 
 def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, tabs: Any) -> None:
-    values, seen = list(fields.values()), gr.State(None)
+    values, seen, alive = list(fields.values()), gr.State(None), gr.State(False)
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3):
             place_fields(fields)
@@ -430,11 +419,13 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
             begin = gr.Button("Start", variant="primary")
             stop = gr.Button("Stop …", visible=False)
             with gr.Column(visible=False) as asked:
-                part(parts.show_message(STOP_WORDS))
+                part(parts.show_message(parts.STOP_WORDS))
                 save = gr.Button("Save and stop", variant="primary")
                 drop = gr.Button("Discard the run", variant="stop")
                 keep = gr.Button("Keep training")
-            command = gr.Code(label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True, max_lines=6)
+            command = gr.Code(
+                label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True, lines=1, max_lines=6
+            )
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown([], label="Run shown below")
         again = gr.Button("Resume", variant="primary", visible=False, scale=0, min_width=120)
@@ -445,8 +436,15 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
         log = part()
     on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
     shown: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    on([page.load, *(field.change for field in values)], show_card, values, say, [card, command, begin], **shown)
-    watched = [name, seen, live, log, brief, begin, stop, again, talk, out]
+    on(
+        [page.load, alive.change, *(field.change for field in values)],
+        show_card,
+        values,
+        say,
+        [card, command, begin],
+        **shown,
+    )
+    watched = [name, seen, alive, live, log, brief, begin, stop, again, talk, out]
     ticks = [page.load, gr.Timer(1.0).tick, name.input]
     on(ticks, watch, [name, seen], say_watch, watched, show_progress="hidden", concurrency_limit=None)
     on(begin.click, start, values, say, [name], busy="Starting …")
@@ -496,17 +494,18 @@ def build_chat(tab: Any, adapter: Any) -> None:
         clear = gr.Button("Clear", scale=0, min_width=90)
     with gr.Row():
         system = gr.Textbox(label="System prompt", lines=1)
-        temperature = gr.Number(0, label="Temperature (0: likeliest token)", minimum=0, maximum=99, step=0.1)
-        top_p = gr.Number(1, label="Top-p (share to sample from)", minimum=0.01, maximum=1, step=0.05)
-        longest = gr.Number(256, label="Max new tokens", precision=0, minimum=1)
+        temperature = gr.Number(0, label="Temperature (0: likeliest token)", step=0.1)
+        top_p = gr.Number(1, label="Top-p (share to sample from)", step=0.05)
+        longest = gr.Number(256, label="Max new tokens", precision=0)
     sampling = [temperature, top_p, longest]
     stream: Any = {"fn": answer, "inputs": [prompt, left, right, adapter, one, two, system, *sampling]}
     stream |= {"outputs": [say, prompt, left, right, *panes], "show_progress": "hidden", "concurrency_id": "model"}
     stream["api_visibility"] = "private"
     again = on(redo.click, retry, [left, right], say, [prompt, left, right]).then(**stream)
-    halt.click(None, cancels=[prompt.submit(**stream), send.click(**stream), again], api_visibility="private")
+    streams = [prompt.submit(**stream), send.click(**stream), again]
+    halt.click(None, cancels=streams, api_visibility="private")
     talk, empty = [left, right, *panes, expected], ([], [], *parts.show_sides(([], []), ("base", "tuned")), "")
-    on(clear.click, lambda: empty, None, say, talk)
+    on(clear.click, lambda: empty, None, say, talk, cancels=streams)
     on([tab.select, adapter.focus], pick_adapter, [adapter], say, [adapter])
     on(adapter.change, lambda name: (list_examples(name), "", *empty), [adapter], say, [example, system, *talk])
     on(example.input, use_example, [example, adapter], say, [system, left, right, prompt, expected])
@@ -565,6 +564,7 @@ def serve(
     runs_dir, public = folder, share or host not in page_guard.LOOPBACK
     auth = page_guard.ask_password(user, public)
     launch.remove_old_uploads(runs_dir)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and clears the cache
     fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nobody else's
     build().launch(
         server_name=host,

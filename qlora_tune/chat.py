@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import UPLOADS
-from qlora_tune.errors import ModelError
+from qlora_tune.errors import ConfigError, ModelError
 from qlora_tune.export import ADAPTER_FILES, TOKENIZER_FILES, open_adapter
 from qlora_tune.generate import fit_context, stream_reply
 from qlora_tune.launch import refuse_busy_device
-from qlora_tune.runs import list_runs
+from qlora_tune.runs import Run, list_runs
 from qlora_tune.shapes import Example
+from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
 Voice = Literal["base", "tuned", "merged"]
+LISTED = 300  # held-out prompts to choose from
 MAX_ADAPTER_BYTES = 8 << 30  # unpacked; a rank-512 adapter of a 14B base has 4 GB
 
 
@@ -72,10 +74,26 @@ def answer_sides(
         asked, said = sides[number], ""
         for piece in model.reply(voice, model.fit([*opening, *asked], sampling["max_new_tokens"]), **sampling):
             said += piece
-            sides[number] = [*asked, Message(role="assistant", content=said)]
-            yield list(sides)
+            if said.strip():
+                sides[number] = [*asked, Message(role="assistant", content=said)]
+                yield list(sides)
         sides[number] = sides[number] if said.strip() else asked[:-1]
     yield sides
+
+
+def check_sampling(temperature: float | None, top_p: float | None, max_new_tokens: float | None) -> dict[str, Any]:
+    """How to draw an answer, as stream_reply takes it. Raises ConfigError for what no sampling can do."""
+    if (
+        not 0 <= (-1 if temperature is None else temperature) < 100
+        or not 0 < (top_p or 0) <= 1
+        or (max_new_tokens or 0) < 1
+    ):
+        raise ConfigError("Expected a temperature from 0 to 100, top-p above 0 and at most 1, max new tokens >= 1.")
+    return {
+        "temperature": float(temperature or 0),
+        "top_p": float(top_p or 1),
+        "max_new_tokens": int(max_new_tokens or 1),
+    }
 
 
 def ask(history: Sequence[Message], question: str) -> list[Message]:
@@ -88,6 +106,13 @@ def before_last_question(history: Sequence[Message]) -> tuple[list[Message], str
     """A history without its last question and what followed, and that question, to ask it again."""
     places = [index for index, turn in enumerate(history) if turn["role"] == "user"]
     return (list(history[: places[-1]]), history[places[-1]]["content"]) if places else ([], "")
+
+
+def list_heldout(folder: Path) -> list[tuple[str, int]]:
+    """The held-out prompts of a run's folder, as they are shown in a list, with their places; none of an opened zip."""
+    rows = Run(folder).read_heldout()[:LISTED] if (folder / "heldout.jsonl").exists() else []
+    labels = [printable(f"{row.task or 'row'}: {row.messages[-2]['content'][:80]}") for row in rows]
+    return [(label, place) for place, label in enumerate(labels)]
 
 
 def split_example(example: Example) -> tuple[str, list[Message], str, str]:

@@ -27,7 +27,7 @@ from qlora_tune.cli_train import (
     train_settings,
 )
 from qlora_tune.config import BUILTIN, list_presets, resolve_config, shipped_path
-from qlora_tune.errors import ConfigError, DataError, TuneError, join_problems
+from qlora_tune.errors import DataError, TuneError, join_problems
 from qlora_tune.flags import AnySettings, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
@@ -138,10 +138,9 @@ def chat(
     max_new_tokens: Annotated[int, Parameter(help="Longest answer [tokens].")] = 256,
 ) -> None:
     """Chat with the model of a run, an adapter's folder or its zip, tuned or base; the newest run without a name."""
-    from qlora_tune.chat import load_chat, unpack_adapter
+    from qlora_tune.chat import check_sampling, load_chat, unpack_adapter
 
-    if not 0 <= temperature < 100 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ConfigError("Expected --temperature from 0 to 100, --top-p above 0 and at most 1, --max-new-tokens >= 1.")
+    sampling = check_sampling(temperature, top_p, max_new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         if run is not None and run.suffix == ".zip":
             adapter = unpack_adapter(run, Path(scratch))
@@ -151,7 +150,6 @@ def chat(
             adapter = find_run(run, runs_dir).adapter
         model = load_chat(adapter, model_name_or_path)
     say(f"adapter {run if run is not None and run.suffix == '.zip' else adapter}")
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     terminal.chat_loop(
         lambda messages, tuned: model.reply("tuned" if tuned else "base", messages, **sampling),
         lambda messages: model.fit(messages, max_new_tokens),

@@ -173,7 +173,7 @@ class TrainConfig(BaseModel):
     @field_validator("run_name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (not value or value[0] in ".-" or any(c in '/\\:*?"<>|\0' for c in value)):
+        if value is not None and (not value.strip() or value[0] in ".-" or any(c in '/\\:*?"<>|\0' for c in value)):
             raise ValueError("should be a plain folder name")
         if value == UPLOADS:
             raise ValueError("is the name of the folder of uploaded files")

@@ -135,7 +135,7 @@ def merge_adapter(
     from transformers import GenerationConfig
 
     if target.exists():
-        raise ExportError(f"{target} exists. Choose another --output, or delete it.")
+        raise ExportError(f"{target} is there already. Delete it, or choose another place (--output).")
     rows = held_out_rows(run)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +23,7 @@ from qlora_tune.check import CheckReport
 from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
 from qlora_tune.config import TrainConfig, describe_value
-from qlora_tune.errors import ConfigError
+from qlora_tune.errors import ConfigError, TuneError
 from qlora_tune.evaluate import Answered, Comparison, TaskScore, is_exact_match
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
@@ -30,6 +31,10 @@ from qlora_tune.runs import Run
 from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
+WELCOME = """Look at the data first. The built-in example leads through everything in three clicks and three minutes.
+Your own rows of instruction and response: .jsonl, .json, .csv, .tsv, .parquet, a folder, or a hub dataset's id."""
+STOP_WORDS = """Save and stop: finishes the step, writes a checkpoint and ends. Resume goes on to the same result.
+Discard the run: ends it at once and deletes its folder, checkpoints and all. This can't be undone."""
 POINTS = 400  # of one curve
 WIDTH, HEIGHT, LEFT, BOTTOM = 620, 240, 62, 34  # of a plot, and its margins [px]
 COLOURS = 6
@@ -72,6 +77,7 @@ STYLE = (
 .bar { align-items: flex-end !important; } .bar > button { height: 44px; white-space: nowrap; }
 .pane { min-height: 7rem; }
 .bar .form { background: none !important; }
+.card > * { flex: 0 0 auto !important; } .card .cm-scroller { min-height: 0 !important; }
 .card { position: sticky; top: 8px; align-self: flex-start; border: 1px solid var(--line); border-radius: 8px;
   padding: 12px; max-height: calc(100vh - 16px); overflow: auto; flex-wrap: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
@@ -165,6 +171,16 @@ def show_message(text: str, kind: str = "") -> str:
     return _render("say", lines=text.splitlines(), kind=kind)
 
 
+def show_problem(error: Exception) -> str:
+    """A problem in words; what nobody foresaw is printed in full where the page was started, too."""
+    if isinstance(error, TuneError):
+        return show_message(str(error), "bad")
+    if isinstance(error, OSError):
+        return show_message(f"{error.filename or 'this machine'}: {error.strerror or error}", "bad")
+    traceback.print_exception(error)
+    return show_message(f"This failed, and should not have: {type(error).__name__}: {error}", "bad")
+
+
 def show_check(report: CheckReport) -> str:
     """The report on data files."""
     return _block(Markup('<div class="part report">{}</div>').format(render_check(report)))
@@ -195,7 +211,7 @@ def show_card(plan: Plan) -> str:
 def show_run(run: Run) -> str:
     """A run's state in words, its figures, and its curves so far."""
     state, metrics = run.read_state(), run.read_metrics()
-    steps = [entry for entry in metrics if "loss" in entry]
+    steps = [entry for entry in metrics if "loss" in entry and entry.get("total_steps")]
     last = steps[-1] if steps else None
     figures = _figures(last, metrics, state) if last else []
     plots = show_losses([run]) + _plot("learning rate", [_curve("learning rate", metrics, "learning_rate")])
@@ -210,7 +226,7 @@ def show_log(text: str) -> str:
 
 def show_brief(run: Run) -> str:
     """In a line, how far a run is: for the card beside Start."""
-    steps = [entry for entry in run.read_metrics() if "loss" in entry]
+    steps = [entry for entry in run.read_metrics() if "loss" in entry and entry.get("total_steps")]
     far = f", step {steps[-1]['step']} of {steps[-1]['total_steps']}" if steps else ""
     return show_message(f"{run.name}: {_state_words(run, run.read_state())}{far}", "good")
 
@@ -314,6 +330,8 @@ def _state_words(run: Run, state: dict[str, Any]) -> str:
     if status == "finished" and run.is_alive():
         who, done, total = state.get("scoring") or ("base", 0, "the")
         return f"trained and saved; {who} model answers held-out rows, {done} of {total}"
+    if status == "finished" and state.get("scoring") and "score_tuned" not in state:
+        return "finished; stopped before it was scored"
     return {"preparing": "preparing: reading the rows, loading the base"}.get(status, status)
 
 

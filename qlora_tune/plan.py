@@ -126,6 +126,11 @@ def _base_words(config: TrainConfig) -> str:
     return f"{config.model_name_or_path}, {held}, LoRA r {config.lora_r}"
 
 
+def _duration(seconds: float) -> str:
+    days = seconds / 86_400
+    return f"{days:,.0f} days" if days > 2 else str(timedelta(seconds=round(seconds)))
+
+
 def _warn(setup: Setup, config: TrainConfig) -> list[str]:
     """What a run would do as it was asked, and yet is hardly what anybody wants."""
     report, warnings = setup.data.report, []
@@ -162,6 +167,6 @@ def _setup_facts(setup: Setup, resolved: ResolvedConfig) -> list[tuple[str, str]
             f"longest row {summary['longest_sequence']:,}",
         ),
         ("steps", f"{steps:,} of {batch} × {accumulation} = {batch * accumulation} rows (effective batch)"),
-        ("time", f"about {timedelta(seconds=round(seconds))} of training on {setup.device.name}"),
+        ("time", f"about {_duration(seconds)} of training on {setup.device.name}"),
         ("download", "none: the base is on this machine"),
     ]

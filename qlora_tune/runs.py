@@ -80,14 +80,19 @@ class Run:
     def read_state(self) -> dict[str, Any]:
         """The run's state; a run whose process is gone without a last word reads as interrupted."""
         state = read_json(self.path / "state.json")
-        if "status" not in state:
-            raise RunError(f"{self.path / 'state.json'}: names no status. The file is damaged.")
+        kinds = {"status": str, "pid": int | None, "started": int | float | None, "created": int | float}
+        damaged = [
+            key for key, kind in kinds.items() if not isinstance(state.get(key, 0 if key != "status" else None), kind)
+        ]
+        if damaged:
+            raise RunError(f"{self.path / 'state.json'}: names no proper {damaged[0]}. The file is damaged.")
         if state["status"] in UNDER_WAY and not _is_alive(state):
             state["status"] = "interrupted"
         return state
 
     def is_alive(self) -> bool:
         """Whether the run's process lives: preparing, training or scoring."""
+        self.read_state()  # raises where the file is damaged
         return _is_alive(read_json(self.path / "state.json"))
 
     def update_state(self, **changes: Any) -> None:
@@ -105,12 +110,10 @@ class Run:
         if not path.exists():
             return []
         entries = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed process
                 entries.append(json.loads(line))
-            except ValueError:  # the last line of a killed process
-                continue
-        return entries
+        return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was measured after a step, before training goes on from it."""
@@ -302,6 +305,8 @@ def _is_alive(state: dict[str, Any]) -> bool:
         return False
     try:
         process = psutil.Process(state["pid"])
-        return bool(process.create_time() <= state["started"] + 1 and process.status() != psutil.STATUS_ZOMBIE)
+        return bool(
+            process.create_time() <= (state.get("started") or 0) + 1 and process.status() != psutil.STATUS_ZOMBIE
+        )
     except psutil.Error:
         return False

@@ -151,6 +151,7 @@ SWAPPED_CASE = re.compile(r"\b[а-я][А-Я]{4,}\b")  # Cyrillic of one 8-bit en
 # direction: shown as their pictures instead.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+_PICTURES |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # halves of characters, which no encoding can write
 
 
 def printable(text: str) -> str:

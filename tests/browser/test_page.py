@@ -224,6 +224,7 @@ def test_injected_scripts_run_nowhere(
     rows = [{"instruction": text, "output": text, "task": text, text: "x", "note": text} for text in INJECTIONS] + [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in INJECTIONS
     ]
+    rows.append({"instruction": "half a character: \ud800", "output": "\udfff"})
     data = tmp_path / "<img src=x onerror=window.pwned=20>.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)) + "\n{broken <img src=x onerror=window.pwned=21>")
     page = serve(7932)
@@ -362,6 +363,9 @@ def test_problems_are_said_in_place_and_in_words(serve: Callable[[int], Page], t
     tab.get_by_label("Your message").fill("Hello")
     button(tab, "Send").click()
     tab.get_by_role("alert").filter(has_text="No adapter is chosen").wait_for()
+    tab.get_by_label("Max new tokens").fill("0")
+    button(tab, "Send").click()
+    tab.get_by_role("alert").filter(has_text="max new tokens >= 1").wait_for()
     tab.get_by_role("tab", name="Runs and export").click()
     tab.get_by_text("No runs yet").wait_for()
 
