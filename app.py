@@ -519,7 +519,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
         curves, scores = part(), part()
     with gr.Row(elem_classes="bar"):
         pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=260)
-        into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized is what was trained)")
+        into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized: as trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
         merge = gr.Button("Export the merged model", scale=0, min_width=260)
     say_out, done, packed, acts = part(), part(), gr.DownloadButton(visible=False), part()
@@ -581,7 +581,7 @@ def serve(
         prevent_thread_lock=True,
     )
     print(f"qlora-tune: http://{host}:{port}   (Ctrl-C ends the page; a run goes on)", flush=True)
-    threading.Thread(target=pick_here, daemon=True).start()  # imports torch while the page is being looked at
+    threading.Timer(3.0, pick_here).start()  # imports torch, but not while the first page is being built
     threading.Event().wait()
 
 

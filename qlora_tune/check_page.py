@@ -39,7 +39,8 @@ _BODY = """
 {% endfor %}</p>
 <h2>Files</h2>
 <table><tr><th>file</th><th class="n">rows</th><th class="n">kept</th><th class="n">rejected</th><th></th></tr>
-{% for file in report.files %}<tr><td><code>{{ file.path }}</code></td>
+{% for file in report.files %}<tr>
+<td><code title="{{ file.path }}">{{ (file.path | string).rpartition("/")[2] }}</code></td>
 <td class="n">{{ "{:,}".format(file.rows_in) }}</td><td class="n">{{ "{:,}".format(file.kept) }}</td>
 <td class="n">{{ "{:,}".format(file.rows_in - file.kept) }}</td>
 <td>{% if file.refused %}<span class="error">refused: {{ file.refused }}</span>{% endif %}

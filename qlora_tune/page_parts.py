@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
@@ -39,60 +40,7 @@ POINTS = 400  # of one curve
 WIDTH, HEIGHT, LEFT, BOTTOM = 620, 240, 62, 34  # of a plot, and its margins [px]
 COLOURS = 6
 
-STYLE = (
-    """
-:root { --line: #8884; --error: #c62828; --warning: #9a5b00; --note: #666; --bar: #2e7d32; --learned: #c8ecca;
-  --block-info-text-color: #5f6368;
-  --c0: #1565c0; --c1: #d84315; --c2: #2e7d32; --c3: #8e24aa; --c4: #00838f; --c5: #8d6e00; }
-:root, .dark { --button-primary-background-fill: #c2410c; --button-primary-background-fill-hover: #9a3412;
-  --button-primary-text-color: #fff; --color-accent: #c2410c; }
-.dark { --color-accent: #fb923c; }
-.dark { --error: #ff8a80; --warning: #ffb74d; --note: #aaa; --bar: #66bb6a; --learned: #1f5a24;
-  --block-info-text-color: #b0b3b8;
-  --c0: #64b5f6; --c1: #ff8a65; --c2: #81c784; --c3: #ce93d8; --c4: #4dd0e1; --c5: #ffd54f; }
-.part { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; }
-.part pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 .75rem; padding: .5rem; font-size: 13px;
-  border: 1px solid var(--line); border-radius: 6px; max-height: 26rem; overflow: auto; background: none; }
-.part h2, .part h3 { font-size: 15px; font-weight: 600; margin: .75rem 0 .25rem; } .part p { margin: .25rem 0; }
-.part table { display: table; border-collapse: collapse; width: 100%; font-size: 13px; margin: .25rem 0; }
-.part th, .part td { border: 0; border-bottom: 1px solid var(--line); padding: .25rem .5rem .25rem 0;
-  text-align: left; vertical-align: top; }
-.part td.n, .part th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.part .wide { overflow-x: auto; }
-.part .wide td, .part .wide th { overflow-wrap: normal !important; word-break: normal !important; }
-.part th { font-weight: 600; } .part .key { white-space: nowrap; width: 6rem; padding-right: 1rem; }
-.part svg { width: 100%; max-width: 680px; height: auto; } .part svg text { fill: currentColor; font-size: 12px; }
-.warning { color: var(--warning); }
-.good { color: var(--bar); font-weight: 600; } .bad { color: var(--error); font-weight: 600; }
-.soft { color: var(--note); }
-.tokens span { border-radius: 2px; } .tokens .l { background: var(--learned); } .tokens .c { font-weight: 700; }
-.tokens span:nth-child(even) { text-decoration: underline dotted #8886; text-underline-offset: 3px; }
-.turn { border-left: 3px solid var(--line); padding: .1rem .6rem; margin: .4rem 0; white-space: pre-wrap; }
-.turn.assistant { border-color: var(--bar); } .turn b { display: block; font-size: 12px; color: var(--note); }
-.meter { height: 10px; border-radius: 5px; background: var(--line); overflow: hidden; margin: .2rem 0; }
-.meter div { height: 100%; background: var(--bar); } .meter.over div { background: var(--error); }
-.gradio-container { max-width: 1240px !important; } footer { display: none !important; }
-.prose { max-width: none !important; } .prose .part table, .prose .part tr, .prose .part th, .prose .part td {
-  border-color: var(--line) !important; border-width: 0 0 1px !important; } .prose .part table { border: 0 !important; }
-.bar { align-items: flex-end !important; } .bar > button { height: 44px; white-space: nowrap; }
-.pane { min-height: 7rem; }
-.bar .form { background: none !important; }
-.card > * { flex: 0 0 auto !important; } .card .cm-scroller { min-height: 0 !important; }
-.card { position: sticky; top: 8px; align-self: flex-start; border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px; max-height: calc(100vh - 16px); overflow: auto; flex-wrap: nowrap; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; }
-.part figure { margin: .5rem 0; }
-.bar > .form { min-width: 260px !important; } input { text-overflow: ellipsis; }
-.wrap-inner input { padding-right: 1.25rem !important; }
-@media (max-width: 900px) { .card { position: static; max-height: none; } .split { flex-direction: column; } }
-.curve { fill: none; stroke-width: 2; } .grid { stroke: var(--line); } .figures { display: flex; flex-wrap: wrap; }
-.figures div { margin: 0 1.5rem .25rem 0; } .figures b { display: block; font-size: 17px; white-space: nowrap; }
-.legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: 14px; height: 3px;
-  margin-right: .35rem; vertical-align: middle; }
-"""
-    + "".join(f".s{n} {{ stroke: var(--c{n}); background: var(--c{n}); }} " for n in range(COLOURS))
-    + REPORT_STYLE
-)
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + REPORT_STYLE
 
 _TEMPLATES = {
     "row": """<h3>{{ view.source }} <span class="soft">{{ view.shape }}</span></h3>

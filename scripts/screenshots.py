@@ -28,8 +28,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 def serve_page(runs_dir: Path, port: int) -> subprocess.Popen[bytes]:
     """Start the page and wait until it answers."""
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--runs-dir", str(runs_dir)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=dict(os.environ))
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--runs-dir", runs_dir.name]
+    # From the folder above, so that no picture shows where it lies.
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=runs_dir.resolve().parent, env=dict(os.environ))
     assert server.stdout is not None
     if b"http" not in server.stdout.readline():
         raise RuntimeError("the page did not start")

@@ -79,7 +79,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[int], Page]]:
     for page in started:
         page.kill()
         for run in list_runs(page.runs_dir):
-            if run.is_alive():
+            if run.is_alive() and run.read_state()["pid"] != os.getpid():
                 os.kill(run.read_state()["pid"], signal.SIGKILL)
 
 
@@ -239,7 +239,7 @@ def test_injected_scripts_run_nowhere(
     (copy / "scores.json").write_text(json.dumps(scores))
     lines = [
         json.dumps({"messages": row["messages"], "task": row["messages"][0]["content"], "source": "x:1"})
-        for row in rows[15:]
+        for row in rows[15:30]
     ]
     (copy / "heldout.jsonl").write_text("\n".join(lines))
     (copy / "output.txt").write_text("\n".join(INJECTIONS))
