@@ -85,20 +85,13 @@ def test_a_list_is_shown_a_line_an_entry_and_read_back(name: str) -> None:
         ({"use_dora": True, "load_in_4bit": False}, {"use_dora": True, "load_in_4bit": False}),
         ({"neftune_noise_alpha": None, "run_name": "", "model_revision": None}, {}),
         ({"neftune_noise_alpha": 5}, {"neftune_noise_alpha": 5}),
-        ({"learning_rate": None}, {"learning_rate": "none"}),
+        ({"learning_rate": None}, {}),
         ({"data": "", "map": ""}, {}),
         ({"score_rows": 0}, {"score_rows": 0}),
     ],
 )
 def test_only_fields_that_differ_become_flags(given: dict[str, Any], flags: dict[str, Any]) -> None:
     assert flags_of_fields(given, usual()) == flags
-
-
-def test_an_emptied_field_is_a_problem_where_a_value_is_needed() -> None:
-    from qlora_tune.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="learning_rate = None"):
-        resolve_config({"preset": "builtin", **flags_of_fields({"learning_rate": None}, usual())})
 
 
 def test_an_absent_value_of_a_preset_can_be_asked_for() -> None:

@@ -148,7 +148,7 @@ SHOWN: dict[str, Callable[[str, Path], str]] = {
     "losses": lambda text, folder: parts.show_losses([write_run(text, folder), write_run(text, folder, 1)]),
     "differences": lambda text, folder: parts.show_differences([write_run(text, folder), write_run(text, folder, 1)]),
     "answers": lambda text, folder: parts.show_answers([answered(text)]),
-    "scores": lambda text, folder: parts.show_scores(Comparison([answered(text)]), text),
+    "scores": lambda text, folder: parts.show_scores({text: Comparison([answered(text)])}),
     "log": lambda text, folder: parts.show_log(text),
     "message": lambda text, folder: parts.show_message(" ".join(text.splitlines()), "bad"),
     "table": lambda text, folder: parts.show_table([text], [[text]], text),
@@ -340,10 +340,19 @@ def test_the_memory_bar_shows_the_share_and_never_leaves_its_frame(peak: int, ov
     assert ("meter over" in html) is over
 
 
-def test_scores_are_shown_by_task_and_in_all() -> None:
-    answers = [Answered("d:1", "t", (), "x", "no", "x"), Answered("d:2", "u", (), "x", "x", "x")]
-    cells = re.findall(r"<td>(.*?)</td>", parts.show_scores(Comparison(answers), "r"))
-    assert cells == ["t", "1", "0%", "100%", "u", "1", "100%", "100%", "all", "2", "50%", "100%"]
+def test_scores_of_several_runs_are_shown_by_task_beside_the_base() -> None:
+    first = [Answered("d:1", "t", (), "x", "no", "x"), Answered("d:2", "u", (), "x", "x", "x")]
+    second = [Answered("d:1", "t", (), "x", "no", "no"), Answered("d:2", "u", (), "x", "x", "x")]
+    html = parts.show_scores({"one": Comparison(first), "two": Comparison(second)})
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")[2:]]
+    assert rows == [
+        ["t", "0% of 1", "100% of 1", "0% of 1"],
+        ["u", "100% of 1", "100% of 1", "100% of 1"],
+        ["all", "50% of 2", "100% of 2", "50% of 2"],
+    ]
+    assert "scored on different rows" not in html
+    others = [Answered("d:3", "t", (), "x", "no", "x")]
+    assert "scored on different rows" in parts.show_scores({"one": Comparison(first), "two": Comparison(others)})
 
 
 def test_answers_say_which_are_exact() -> None:
