@@ -46,7 +46,8 @@ def test_the_built_in_sample_is_ready_with_its_facts_and_memory() -> None:
     assert shown["base model"] == "builtin, in 4-bit nf4, LoRA r 32"
     assert shown["data"] == "sample.jsonl, sample_heldout.jsonl"
     assert shown["rows"] == f"{summary['rows_in']:,} read, 0 rejected, 0 changed"
-    assert shown["split"] == f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out"
+    held_out = f"{summary['rows_heldout']:,} held out (all of sample_heldout.jsonl)"
+    assert shown["split"] == f"{summary['train_sequences']:,} to train on, {held_out}"
     assert f"{summary['train_tokens']:,}, of which {summary['learned_tokens']:,} are learned" in shown["tokens"]
     assert shown["steps"] == "262 of 16 × 1 = 16 rows (effective batch)"
     assert shown["time"].startswith("about ")
