@@ -40,7 +40,7 @@ from qlora_tune.flags import as_field, flags_of_fields, is_list
 from qlora_tune.plan import pick_here, plan_run
 from qlora_tune.preview import check_as_trained, view_row
 from qlora_tune.repair import repair_files
-from qlora_tune.runs import Run, list_runs, open_run
+from qlora_tune.runs import Run, list_runs
 from qlora_tune.text_signs import printable
 
 SAMPLE = "the built-in sample"
@@ -52,16 +52,13 @@ KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a ch
 runs_dir = "runs"  # set once, by serve
 
 
-def make_field(name: str) -> Any:
-    """The widget of one setting, from its declaration."""
+def make_field(name: str, usual: Any, choices: list[str] | None) -> Any:
+    """The widget of one setting, from its declaration, with the value that it usually has."""
     field = TrainConfig.model_fields[name]
     kind, words = str(field.annotation), describe_setting(name).replace("`", "")
     about: Any = {"label": name, "info": words, "render": False}
-    usual = as_field(getattr(resolve_config({"preset": "builtin"}).config, name))
-    names = {"preset": ["auto", *(preset.name for preset in list_presets()), "none"], "data": [SAMPLE]}
-    names["model_name_or_path"] = [*dict.fromkeys(p.settings.get(name, "builtin") for p in list_presets())]
-    if name in names:
-        return gr.Dropdown(names[name], value=names[name][0], allow_custom_value=name != "preset", **about)
+    if choices:
+        return gr.Dropdown(choices, value=choices[0], allow_custom_value=name != "preset", **about)
     if field.annotation is bool:
         return gr.Checkbox(usual, **about)
     if "Literal" in kind:
@@ -70,6 +67,15 @@ def make_field(name: str) -> Any:
         whole = field.annotation is int
         return gr.Number(usual, precision=0 if whole else None, step=1 if whole else abs(usual or 1) / 10, **about)
     return gr.Textbox(usual, lines=2 if is_list(name) else 1, **about)
+
+
+def make_fields() -> dict[str, Any]:
+    """All settings' widgets, as the builtin preset fills them."""
+    usual, presets = resolve_config({"preset": "builtin"}).config, list_presets()
+    bases = dict.fromkeys(preset.settings.get("model_name_or_path", "builtin") for preset in presets)
+    choices = {"preset": ["auto", *(preset.name for preset in presets), "none"], "data": [SAMPLE]}
+    choices["model_name_or_path"] = list(bases)
+    return {name: make_field(name, as_field(getattr(usual, name)), choices.get(name)) for name in NAMES}
 
 
 def read_fields(values: Any) -> dict[str, Any]:
@@ -124,14 +130,17 @@ def hand_out(path: Path) -> Any:
     return gr.DownloadButton(f"Download {path.name}", value=str(copy), visible=True)
 
 
-def run_names() -> list[str]:
-    return [run.name for run in reversed(list_runs(runs_dir))]
+def runs_by_name() -> dict[str, Run]:
+    """All runs, newest first."""
+    return {run.name: run for run in reversed(list_runs(runs_dir))}
 
 
 def find_run(name: str | None) -> Run:
-    if name not in run_names():
-        raise RunError(f"Run {name} is gone." if name else "No run is chosen. Start one on the tab Train.")
-    return open_run(Path(runs_dir) / str(name))
+    if not name:
+        raise RunError("No run is chosen. Start one on the tab Train.")
+    if not (run := runs_by_name().get(name)):
+        raise RunError(f"Run {name} is gone.")
+    return run
 
 
 def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - Gradio looks for it there
@@ -190,28 +199,27 @@ def start(*values: Any) -> Any:
         raise RunError("\n".join(["Not started.", *plan.problems]))
     release_chat()
     run = launch.launch_run(plan.config, plan.device.kind)
-    return gr.Dropdown(run_names(), value=run.name)
+    return gr.Dropdown(list(runs_by_name()), value=run.name)
 
 
 def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     """What has changed of the run shown since it was last looked at; nothing where nothing has."""
-    names, asked = run_names(), name
-    if name not in names:
-        name = next((run.name for run in list_runs(runs_dir) if run.is_alive()), next(iter(names), None))
+    runs, asked = runs_by_name(), name
+    names = list(runs)
+    if name not in runs:
+        name = next((run.name for run in runs.values() if run.is_alive()), next(iter(names), None))
     if name is None:
         empty = parts.show_message("No run yet. What a run does is shown here while it goes on.", "soft")
         hidden = (gr.Button(visible=False) for _ in range(4))
         return gr.Dropdown([], value=None), None, False, empty, "", "", gr.Button(visible=True), *hidden
-    run = find_run(name)
+    run = runs[name]
     alive, output = run.is_alive(), run.path / launch.OUTPUT_FILE
     stamps = [path.stat().st_mtime_ns for path in (*run.path.glob("*.json*"), output) if path.exists()]
     if seen == (now := (name, names, alive, stamps)):
         return (gr.skip(),) * 11
     log = output.read_bytes()[-20_000:].decode(errors="ignore") if output.exists() else "It was started in a terminal."
-    unfinished, tuned = (
-        run.read_state()["status"] in ("stopped", "interrupted", "failed"),
-        run.has_adapter and not alive,
-    )
+    unfinished = run.read_state()["status"] in ("stopped", "interrupted", "failed")
+    tuned = run.has_adapter and not alive
     shown = (gr.Button(visible=visible) for visible in (alive, unfinished, tuned, tuned))
     # A value only where it is another one: what Start has just put there must stay.
     choice = gr.Dropdown(names) if asked == name else gr.Dropdown(names, value=name)
@@ -301,10 +309,9 @@ def open_zip(file: str) -> Any:
 
 
 def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
-    known = run_names()
-    table = parts.show_runs([find_run(name) for name in known])
-    chosen = [name for name in names or [] if name in known] or known[:1]
-    return gr.Dropdown(known, value=chosen), table
+    runs = runs_by_name()
+    chosen = [name for name in names or [] if name in runs] or list(runs)[:1]
+    return gr.Dropdown(list(runs), value=chosen), parts.show_runs(list(runs.values()))
 
 
 def compare_runs(names: list[str], which: Any) -> tuple[str, str, str, str]:
@@ -353,7 +360,7 @@ def delete(names: list[str]) -> tuple[Any, ...]:
 def build() -> Any:
     """The page's four tabs. What several tabs share is made first and placed where it belongs."""
     with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        fields = {name: make_field(name) for name in NAMES}
+        fields = make_fields()
         hint = "Type a path and press Enter, or upload"
         picked = gr.Textbox(label="Data: file, folder or hub dataset", placeholder=hint, render=False)
         adapter = gr.Dropdown([], label="Adapter", render=False)
@@ -436,14 +443,8 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
         log = part()
     on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
     shown: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    on(
-        [page.load, alive.change, *(field.change for field in values)],
-        show_card,
-        values,
-        say,
-        [card, command, begin],
-        **shown,
-    )
+    changes = [page.load, alive.change, *(field.change for field in values)]
+    on(changes, show_card, values, say, [card, command, begin], **shown)
     watched = [name, seen, alive, live, log, brief, begin, stop, again, talk, out]
     ticks = [page.load, gr.Timer(1.0).tick, name.input]
     on(ticks, watch, [name, seen], say_watch, watched, show_progress="hidden", concurrency_limit=None)
@@ -535,10 +536,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
         keep = gr.Button("Keep it")
     on(tab.select, refresh_runs, [chosen], say, [chosen, table])
     on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers, acts])
-    wait: Any = {
-        "busy": "Exporting: writing, loading it again, comparing …",
-        "concurrency_id": "model",
-    }
+    wait: Any = {"busy": "Exporting: writing, loading it again, comparing …", "concurrency_id": "model"}
     on(pack.click, export_zip, [chosen], say_out, [packed, done], **wait)
     on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **wait)
     on(change.click, rename, [chosen, name], say_down, [chosen, table, name])

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora_tune.config import BUILTIN, shipped_path
 from qlora_tune.errors import ModelError
@@ -33,11 +35,15 @@ class BaseModel:
         is_local = self.name != BUILTIN and (self.name.startswith((".", "/", "~")) or Path(self.name).is_dir())
         return Path(self.name).resolve().name if is_local else self.name
 
+    def read_config(self) -> dict[str, Any]:
+        """config.json; what a multimodal one says of its text model, as if it were said of the whole."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config")
+        return config | (text if isinstance(text, dict) else {})
+
     def context_length(self) -> int | None:
         """max_position_embeddings (or GPT-2's n_positions) of its config [tokens]; None where it names none."""
-        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        text = config.get("text_config")
-        config |= text if isinstance(text, dict) else {}
+        config = self.read_config()
         length = config.get("max_position_embeddings", config.get("n_positions"))
         return length if isinstance(length, int) and length > 0 else None
 
@@ -54,13 +60,16 @@ def is_downloaded(name: str) -> bool:
 
 def is_local(name: str) -> bool:
     """Whether a base can be found without a download: the built-in one, a folder, or a hub model kept here."""
-    return name == BUILTIN or name.count("/") != 1 or name.startswith((".", "/", "~")) or is_downloaded(name)
+    return not _is_hub_id(name) or is_downloaded(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_folder = Path(name).is_dir() or name.startswith((".", "/", "~"))
+    return name != BUILTIN and not is_folder and name.count("/") == 1
 
 
 def download_bytes(name: str, revision: str | None = None) -> int:
     """How much find_base would fetch from the hub for a model. Raises ModelError when the hub can't be asked."""
-    from fnmatch import fnmatch
-
     from huggingface_hub import HfApi
 
     try:
@@ -83,7 +92,7 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     elif Path(name).is_dir():
         path = Path(name).resolve()
         name = str(path)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif not _is_hub_id(name):
         raise ModelError(
             f'Base model "{name}": no such folder. Expected "builtin", a folder with config.json and safetensors, '
             'or a hub id such as "HuggingFaceTB/SmolLM2-135M"; --model-name-or-path says where it is.'
@@ -114,10 +123,7 @@ def fingerprint_weights(files: Sequence[Path]) -> str:
     lines = []
     for file in files:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError(f"{file.name} is cut off")
-            header = json.loads(stream.read(length))
+            length, header = read_header(stream)
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
@@ -130,6 +136,15 @@ def fingerprint_weights(files: Sequence[Path]) -> str:
                     digest.update(stream.read(min(512, end - position)))
                 lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest.hexdigest()}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
+
+
+def read_header(stream: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """The header of a safetensors file, and its length [bytes]. Raises ValueError where the file is cut off."""
+    length = int.from_bytes(stream.read(8), "little")
+    content = stream.read(length) if length <= os.fstat(stream.fileno()).st_size else b""
+    if len(content) < length:
+        raise ValueError(f"{Path(stream.name).name} is cut off")
+    return length, json.loads(content)
 
 
 def _download(name: str, revision: str | None) -> Path:

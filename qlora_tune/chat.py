@@ -46,7 +46,7 @@ class ChatModel:
 
     def reply(self, voice: Voice, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
         """Stream one answer; `sampling` is max_new_tokens, temperature and top_p of stream_reply."""
-        if voice == "merged" and self.merged is None:
+        if voice not in self.voices:
             raise ModelError("There is no merged model of this run. Export one first: on the page, or export --merged.")
         model = self.merged if voice == "merged" else self.model
         # With its adapter disabled the model is the base, to the last bit.
@@ -84,16 +84,13 @@ def answer_sides(
 def check_sampling(temperature: float | None, top_p: float | None, max_new_tokens: float | None) -> dict[str, Any]:
     """How to draw an answer, as stream_reply takes it. Raises ConfigError for what no sampling can do."""
     if (
-        not 0 <= (-1 if temperature is None else temperature) < 100
-        or not 0 < (top_p or 0) <= 1
-        or (max_new_tokens or 0) < 1
+        temperature is None
+        or top_p is None
+        or max_new_tokens is None
+        or not (0 <= temperature < 100 and 0 < top_p <= 1 and max_new_tokens >= 1)
     ):
         raise ConfigError("Expected a temperature from 0 to 100, top-p above 0 and at most 1, max new tokens >= 1.")
-    return {
-        "temperature": float(temperature or 0),
-        "top_p": float(top_p or 1),
-        "max_new_tokens": int(max_new_tokens or 1),
-    }
+    return {"temperature": float(temperature), "top_p": float(top_p), "max_new_tokens": int(max_new_tokens)}
 
 
 def ask(history: Sequence[Message], question: str) -> list[Message]:

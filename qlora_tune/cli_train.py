@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +12,7 @@ from qlora_tune.cli_data import DataFiles
 from qlora_tune.config import ResolvedConfig, TrainConfig, resolve_config
 from qlora_tune.errors import ConfigError, TuneError
 from qlora_tune.flags import AnySettings, given_flags
-from qlora_tune.launch import DeviceLock, lock_device, refuse_busy_device
+from qlora_tune.launch import lock_device, refuse_busy_device
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
 from qlora_tune.runs import Run, latest_run, new_run, open_run
@@ -105,7 +103,7 @@ def train_settings(resolved: ResolvedConfig) -> Run:
     kind = detect_device().kind
     refuse_busy_device(kind)
     setup = prepare(resolved.config)
-    with _device(kind) as lock:
+    with lock_device(kind) as lock:
         run = new_run(resolved.config)
         lock.write_holder(run)
         quiet_stack(run.log_file)
@@ -125,7 +123,7 @@ def _start(run: Run, resume: bool = False) -> Run:
     from qlora_tune.model import detect_device
     from qlora_tune.prepare import prepare
 
-    with _device(detect_device().kind) as lock:
+    with lock_device(detect_device().kind) as lock:
         lock.write_holder(run)
         quiet_stack(run.log_file)
         config = run.read_config()
@@ -140,15 +138,6 @@ def _start(run: Run, resume: bool = False) -> Run:
 def _resume(run: Run) -> None:
     run.require_unfinished()
     _start(run, resume=True)
-
-
-@contextlib.contextmanager
-def _device(kind: str) -> Iterator[DeviceLock]:
-    lock = lock_device(kind)
-    try:
-        yield lock
-    finally:
-        lock.release()
 
 
 def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:

@@ -7,22 +7,20 @@ never a weight.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from qlora_tune.base import BaseModel
+from qlora_tune.base import BaseModel, read_header
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import TuneError
-from qlora_tune.model import ONE_THREAD_HIDDEN, Device, Precision
+from qlora_tune.model import ONE_THREAD_HIDDEN, Device, Precision, is_named, unknown_names
+from qlora_tune.prepare import PAD_TO, SHORT_ROWS, checkpoints_activations, optimizer_of
 from qlora_tune.runs import Run
 
-# Mirrors train.py, which comes later: rows up to this length [tokens] meet plain attention on a CPU.
-SHORT_ROWS = 256
-PAD_TO = 16  # a CPU's batches are padded to a multiple of this [tokens]
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
 
 # Fitted to the peaks that estimate_memory names [bytes].
@@ -78,11 +76,10 @@ class BaseShape:
         return sum(rows * columns for rows, columns in self.linear.values())
 
 
+@lru_cache(maxsize=4)
 def read_shape(base: BaseModel) -> BaseShape:
     """Read a base's sizes from its config.json and the headers of its safetensors; what one lacks the other tells."""
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config")
-    config |= text if isinstance(text, dict) else {}
+    config = base.read_config()
     tensors = dict(_read_headers(base))
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
@@ -172,12 +169,6 @@ def estimate_seconds(
     return tokens * flops / _rate(shape, device, precision) + waiting
 
 
-def checkpoints_activations(config: TrainConfig, device: Device) -> bool:
-    """Whether training recomputes activations, as train.to_sft_config decides it."""
-    wanted = config.activation_checkpointing
-    return wanted == "on" or (wanted == "auto" and device.kind == "cuda")
-
-
 def _earlier_speed(
     base: BaseModel, config: TrainConfig, device: Device, precision: Precision, earlier: Sequence[Run]
 ) -> float | None:
@@ -187,13 +178,14 @@ def _earlier_speed(
     for run in earlier:
         with contextlib.suppress(TuneError, OSError):  # a folder that can't be read tells nothing
             state = run.read_state()
-            speeds = [entry["tokens_per_s"] for entry in run.read_metrics() if entry.get("tokens_per_s")]
             alike = all(state.get(key) == value for key, value in same.items()) and (
                 checkpoints_activations(run.read_config(), device) == checkpoints_activations(config, device)
             )
             created = float(state.get("created", 0))
-            if speeds and alike and (newest is None or created >= newest[0]):
-                newest = created, float(speeds[-1])
+            if not alike or (newest is not None and created < newest[0]):
+                continue
+            speeds = [entry["tokens_per_s"] for entry in run.read_metrics() if entry.get("tokens_per_s")]
+            newest = (created, float(speeds[-1])) if speeds else newest
     return newest[1] if newest else None
 
 
@@ -211,7 +203,7 @@ def _read_headers(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
     """Each tensor's name and shape."""
     for file in sorted(base.path.glob("*.safetensors")):
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header = read_header(stream)[1]
         yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
@@ -239,14 +231,12 @@ def _adapted(shape: BaseShape, config: TrainConfig) -> list[tuple[int, int]]:
     names = config.lora_target_modules
     if names == ["all-linear"]:
         return list(shape.linear.values())
-    return [size for name, size in shape.linear.items() if any(name == t or name.endswith(f".{t}") for t in names)]
+    return [size for name, size in shape.linear.items() if any(is_named(name, t) for t in names)]
 
 
 def unknown_targets(base: BaseModel, targets: Sequence[str]) -> list[str]:
     """Those of lora_target_modules that mean no linear layer of a base."""
-    names = read_shape(base).linear
-    known = {"all-linear"} if list(targets) == ["all-linear"] else set()
-    return [t for t in targets if t not in known and not any(name == t or name.endswith(f".{t}") for name in names)]
+    return [] if list(targets) == ["all-linear"] else unknown_names(targets, read_shape(base).linear)
 
 
 def _adapter_parameters(adapted: Sequence[tuple[int, int]], config: TrainConfig) -> int:
@@ -255,10 +245,7 @@ def _adapter_parameters(adapted: Sequence[tuple[int, int]], config: TrainConfig)
 
 def _adapter_bytes(config: TrainConfig, device: Device, unit: int) -> int:
     """Bytes per adapter parameter: float32 weight and gradient, optimizer, and autocast's copy in 16 bits."""
-    optim = config.optim
-    if optim == "auto":
-        optim = "adamw_torch" if device.kind == "cpu" else "paged_adamw_8bit"
-    return 8 + OPTIMIZER_BYTES.get(optim, 2) + (2 if unit == 2 else 0)
+    return 8 + OPTIMIZER_BYTES.get(optimizer_of(config, device), 2) + (2 if unit == 2 else 0)
 
 
 def _activation_bytes(shape: BaseShape, config: TrainConfig, device: Device, unit: int, longest: int) -> float:

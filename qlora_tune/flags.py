@@ -13,6 +13,10 @@ from cyclopts import Group, Parameter
 from qlora_tune.config import TrainConfig, describe_setting, describe_value
 
 
+def is_list(name: str) -> bool:
+    return "list" in str(TrainConfig.model_fields[name].annotation)
+
+
 def _settings_type() -> type:
     """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
     fields: list[Any] = []
@@ -28,7 +32,7 @@ def _settings_type() -> type:
             negative=(f"--no-{flag}",) if is_switch else (),
             consume_multiple=False,
         )
-        kind: Any = bool if is_switch else list[str] if "list" in str(field.annotation) else str
+        kind: Any = bool if is_switch else list[str] if is_list(name) else str
         fields.append((name, Annotated[kind | None, parameter], dataclasses.field(default=None)))
     return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
 
@@ -79,10 +83,6 @@ def flags_of_fields(given: Mapping[str, Any], usual: TrainConfig) -> dict[str, A
 def as_field(value: Any) -> Any:
     """A setting's value as the field of a form holds it."""
     return "\n".join(value) if isinstance(value, list) else value
-
-
-def is_list(name: str) -> bool:
-    return "list" in str(TrainConfig.model_fields[name].annotation)
 
 
 def with_dashes(token: str) -> str:

@@ -25,7 +25,6 @@ LOCK_VARIABLE = "QLORA_TUNE_LOCK"  # in a launched process: the number of the lo
 OUTPUT_FILE = "output.txt"  # in a run's folder: what its process printed
 _NAME_WAIT_S = 5.0  # a lock's holder writes its name right after it got the lock
 _KILL_WAIT_S = 10.0
-_RELEASE_WAIT_S = 1.0  # a killed process lets go of its lock some 30 ms after its end
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,12 @@ class DeviceLock:
     def release(self) -> None:
         os.close(self.file)
 
+    def __enter__(self) -> DeviceLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
 
 def lock_device(kind: str) -> DeviceLock:
     """Take the lock on a device, or the one that this process was handed at its start.
@@ -53,8 +58,7 @@ def lock_device(kind: str) -> DeviceLock:
         os.set_inheritable(int(inherited), False)
         return DeviceLock(int(inherited))
     file = os.open(_lock_path(kind), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    if not _try_lock(file):
-        holder = _read_holder(file)
+    if holder := _wait_for_lock(file):
         os.close(file)
         raise RunError(
             f"{holder} is running on this machine's {kind.upper()}, which takes one run at a time. Wait for it, or "
@@ -76,24 +80,20 @@ def launch_run(config: TrainConfig, kind: str) -> Run:
     The lock is taken here and handed to that process, so nobody can come between. Raises RunError when the device
     is taken; then no run is made.
     """
-    lock = lock_device(kind)
-    try:
+    with lock_device(kind) as lock:
         run = new_run(config)
         try:
             _spawn(run, lock, ["--config", str(run.path / "config.toml")])
         except OSError:
             shutil.rmtree(run.path)
             raise
-    finally:
-        lock.release()
     return run
 
 
 def launch_resume(run: Run, kind: str) -> None:
     """Go on with a stopped run in a process of its own. Raises RunError as launch_run does."""
     run.require_unfinished()
-    lock = lock_device(kind)
-    try:
+    with lock_device(kind) as lock:
         before = run.read_state()
         run.update_state(status="preparing", reason=None)
         try:
@@ -101,8 +101,6 @@ def launch_resume(run: Run, kind: str) -> None:
         except OSError:
             run.update_state(status=before["status"], reason=before.get("reason"))
             raise
-    finally:
-        lock.release()
 
 
 def request_stop(run: Run) -> None:
@@ -223,30 +221,26 @@ def _lock_path(kind: str) -> Path:
     return folder / f"{kind}{''.join(filter(str.isalnum, number))}.lock"
 
 
-def _try_lock(file: int) -> bool:
-    """Whether the lock could be had; one whose run has ended is waited for."""
-    end = time.monotonic() + _RELEASE_WAIT_S
+def _wait_for_lock(file: int) -> str:
+    """Take the lock; says who holds it where another does.
+
+    Waited for is one that has yet to say its name, and one whose run has ended: a killed process lets go some 30 ms
+    after its end.
+    """
+    end = time.monotonic() + _NAME_WAIT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
         except BlockingIOError:
-            holder = Run(Path(os.pread(file, 4096, 0).decode(errors="surrogateescape")))
-            if holder.path == Path() or time.monotonic() > end or _holds(holder):
-                return False
-            time.sleep(0.02)
-        else:
-            return True
+            name = os.pread(file, 4096, 0).decode(errors="surrogateescape")
+            if (name and _runs(Run(Path(name)))) or time.monotonic() > end:
+                return f"Run {name}" if name else "Another run"
+        time.sleep(0.02)
 
 
-def _holds(run: Run) -> bool:
+def _runs(run: Run) -> bool:
     try:
-        return run.is_alive() or run.read_state()["status"] == "preparing"
+        return run.is_alive()
     except RunError:  # its folder is deleted
         return False
-
-
-def _read_holder(file: int) -> str:
-    end = time.monotonic() + _NAME_WAIT_S
-    while not (name := os.pread(file, 4096, 0).decode(errors="replace")) and time.monotonic() < end:
-        time.sleep(0.02)
-    return f"Run {name}" if name else "Another run"

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -239,13 +239,22 @@ def _check_targets(model: Any, target_modules: Sequence[str]) -> None:
     """Every name must mean a linear layer: PEFT passes over unknown ones, and TRL's loss over an adapted head."""
     head = model.get_output_embeddings()
     linear = {name for name, part in model.named_modules() if "Linear" in type(part).__name__ and part is not head}
-    unknown = [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
-    if unknown:
+    if unknown := unknown_names(target_modules, linear):
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ModelError(
             f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model. Expected all-linear, or some "
             f"of {', '.join(known)}."
         )
+
+
+def is_named(layer: str, target: str) -> bool:
+    """Whether a target means a layer, by PEFT's rule: its whole name, or the last parts of it."""
+    return layer == target or layer.endswith(f".{target}")
+
+
+def unknown_names(targets: Sequence[str], layers: Collection[str]) -> list[str]:
+    """Those of the targets that mean none of the layers."""
+    return [target for target in targets if not any(is_named(layer, target) for layer in layers)]
 
 
 def keep_adapter_in_fp32(model: Any) -> None:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import DictLoader, Environment
 from markupsafe import Markup, escape
 
 from qlora_tune.check import CheckReport
@@ -350,8 +350,6 @@ def _gb(size: float) -> str:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import DictLoader
-
     environment = Environment(
         loader=DictLoader(_TEMPLATES), autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else _shown(v)
     )

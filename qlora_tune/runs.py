@@ -79,21 +79,24 @@ class Run:
 
     def read_state(self) -> dict[str, Any]:
         """The run's state; a run whose process is gone without a last word reads as interrupted."""
-        state = read_json(self.path / "state.json")
-        kinds = {"status": str, "pid": int | None, "started": int | float | None, "created": int | float}
-        damaged = [
-            key for key, kind in kinds.items() if not isinstance(state.get(key, 0 if key != "status" else None), kind)
-        ]
-        if damaged:
-            raise RunError(f"{self.path / 'state.json'}: names no proper {damaged[0]}. The file is damaged.")
+        state = self._load_state()
         if state["status"] in UNDER_WAY and not _is_alive(state):
             state["status"] = "interrupted"
         return state
 
     def is_alive(self) -> bool:
         """Whether the run's process lives: preparing, training or scoring."""
-        self.read_state()  # raises where the file is damaged
-        return _is_alive(read_json(self.path / "state.json"))
+        return _is_alive(self._load_state())
+
+    def _load_state(self) -> dict[str, Any]:
+        """state.json as it is. Raises RunError where an entry that decides something is no such value."""
+        state = read_json(self.path / "state.json")
+        kinds = {"status": str, "pid": int | None, "started": int | float | None, "created": int | float}
+        state.setdefault("status", None)  # the one that may not be missing
+        damaged = [key for key, kind in kinds.items() if key in state and not isinstance(state[key], kind)]
+        if damaged:
+            raise RunError(f"{self.path / 'state.json'}: names no proper {damaged[0]}. The file is damaged.")
+        return state
 
     def update_state(self, **changes: Any) -> None:
         """Change entries of state.json; readers see the old file or the new one, never half of it."""

@@ -21,12 +21,16 @@ from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError, RunError
 from qlora_tune.model import Device, Quantization
-from qlora_tune.prepare import Setup, data_files, quantization_of
+from qlora_tune.prepare import (
+    PAD_TO,
+    SHORT_ROWS,
+    Setup,
+    checkpoints_activations,
+    data_files,
+    optimizer_of,
+    quantization_of,
+)
 from qlora_tune.runs import Run
-
-# Up to this length [tokens] plain attention trains 1.5 times as fast on a CPU as sdpa; beyond it, its memory grows
-# with the square of the length (docs/log.md).
-SHORT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,6 @@ def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
     every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
     has_heldout = bool(setup.data.heldout)
     on_cuda = setup.device.kind == "cuda"
-    optim = ("paged_adamw_8bit" if on_cuda else "adamw_torch") if config.optim == "auto" else config.optim
     return SFTConfig(
         output_dir=str(run.checkpoints),
         max_length=None,  # rows are already whole and short enough; the default would cut them again
@@ -127,10 +130,9 @@ def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
         warmup_steps=int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=optim,
+        optim=optimizer_of(config, setup.device),
         neftune_noise_alpha=config.neftune_noise_alpha,
-        gradient_checkpointing=config.activation_checkpointing == "on"
-        or (config.activation_checkpointing == "auto" and on_cuda),
+        gradient_checkpointing=checkpoints_activations(config, setup.device),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=setup.precision == "bfloat16",
         fp16=setup.precision == "float16",
@@ -144,8 +146,7 @@ def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
         load_best_model_at_end=config.load_best_model_at_end and has_heldout,
         metric_for_best_model="eval_loss" if has_heldout else None,
         greater_is_better=False if has_heldout else None,
-        # oneDNN compiles and keeps kernels for every new length: 0.5 GB more after 30 steps without rounding up.
-        pad_to_multiple_of=None if on_cuda else 16,
+        pad_to_multiple_of=None if on_cuda else PAD_TO,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would show a loss that is not a number as 0.0
         dataloader_pin_memory=on_cuda,
