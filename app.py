@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -143,21 +144,23 @@ def find_run(name: str | None) -> Run:
     return run
 
 
-def check_data(data: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - Gradio looks for it there
+def check_data(data: str, *values: Any) -> Any:
     """Report on the chosen data and what the settings would cut of it, with its first row."""
     seen = 0
 
     def on_row() -> None:
         nonlocal seen
         seen += 1
-        if seen % 500 == 0:
-            progress((seen, None), desc="reading rows", unit="rows")
 
     yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6
     try:
         config = read_config(values)
         files = [str(shipped_path("sample.jsonl"))] if data in (SAMPLE, "", None) else find_data([data])
-        report = check_as_trained(config, files, on_row)
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(check_as_trained, config, files, on_row)
+            while wait([job], timeout=0.5).not_done:
+                yield parts.show_message(f"Reading the rows … {seen:,}", "soft"), *(gr.skip(),) * 6
+        report = job.result()
         if refused := [file.refused for file in report.files if file.refused]:
             raise DataError("\n".join(refused))
         row = show_row(files[0], 1, *values)
@@ -361,8 +364,7 @@ def build() -> Any:
     """The page's four tabs. What several tabs share is made first and placed where it belongs."""
     with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         fields = make_fields()
-        hint = "Type a path and press Enter, or upload"
-        picked = gr.Textbox(label="Data: file, folder or hub dataset", placeholder=hint, render=False)
+        picked = gr.Textbox(label="Data: file, folder or hub dataset", placeholder=parts.PATH_HINT, render=False)
         adapter = gr.Dropdown([], label="Adapter", render=False)
         chosen = gr.Dropdown([], multiselect=True, label="Runs; the first is looked at and exported", render=False)
         part("<h1>qlora-tune</h1>")
@@ -400,19 +402,19 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
                 use = gr.Button("Use the mended copy", variant="primary", visible=False)
                 copy, log = (gr.DownloadButton(visible=False) for _ in range(2))
                 checked = part()
-    check: Any = {"fn": check_data, "inputs": [picked, *values], "show_progress": "hidden"}
-    check |= {"outputs": [say, report, checked, row, file, line, found], "api_visibility": "private"}
-    both = [picked, fields["data"]]
+    check: Any = {"show_progress": "hidden", "api_visibility": "private", "fn": check_data}
+    check |= {"inputs": [picked, *values], "outputs": [say, report, checked, row, file, line, found]}
+    both, same = [picked, fields["data"]], lambda value: (value, value)
     on(upload.upload, take_upload, [upload], say, both).then(**check)
     on(example.click, lambda: (SAMPLE, SAMPLE), None, say, both).then(**check)
     on(picked.submit, lambda value: (value, value or SAMPLE), [picked], say, both).then(**check)
-    on(fields["data"].input, lambda value: (value, value), [fields["data"]], say, both).then(**check)
+    on(fields["data"].input, same, [fields["data"]], say, both).then(**check)
     look: Any = {"fn": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
     on([line.submit, file.input], **look)
     on(on(back.click, lambda at: max(1, (at or 2) - 1), [line], say, [line]).then, **look)
     on(on(forth.click, lambda at: (at or 0) + 1, [line], say, [line]).then, **look)
     on(mend.click, repair, [report, *values], say, [copy, log, mended, copied, use], busy="Mending …")
-    on(use.click, lambda value: (value, value), [copied], say, both).then(**check)
+    on(use.click, same, [copied], say, both).then(**check)
     on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
 
 
@@ -536,9 +538,9 @@ def build_runs(tab: Any, chosen: Any) -> None:
         keep = gr.Button("Keep it")
     on(tab.select, refresh_runs, [chosen], say, [chosen, table])
     on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers, acts])
-    wait: Any = {"busy": "Exporting: writing, loading it again, comparing …", "concurrency_id": "model"}
-    on(pack.click, export_zip, [chosen], say_out, [packed, done], **wait)
-    on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **wait)
+    heavy: Any = {"busy": "Exporting: writing, loading it again, comparing …", "concurrency_id": "model"}
+    on(pack.click, export_zip, [chosen], say_out, [packed, done], **heavy)
+    on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **heavy)
     on(change.click, rename, [chosen, name], say_down, [chosen, table, name])
     reveal(doom.click, asked, say_down, True)
     reveal(keep.click, asked, say_down, False)

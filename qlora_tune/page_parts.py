@@ -36,6 +36,7 @@ WELCOME = """Look at the data first. The built-in example leads through everythi
 Your own rows of instruction and response: .jsonl, .json, .csv, .tsv, .parquet, a folder, or a hub dataset's id."""
 STOP_WORDS = """Save and stop: finishes the step, writes a checkpoint and ends. Resume goes on to the same result.
 Discard the run: ends it at once and deletes its folder, checkpoints and all. This can't be undone."""
+PATH_HINT = "Type a path and press Enter, or upload"
 POINTS = 400  # of one curve
 WIDTH, HEIGHT, LEFT, BOTTOM = 620, 240, 62, 34  # of a plot, and its margins [px]
 COLOURS = 6
