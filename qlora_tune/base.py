@@ -82,6 +82,17 @@ def download_bytes(name: str, revision: str | None = None) -> int:
     return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, p) for p in WEIGHT_PATTERNS))
 
 
+def fetch_config(name: str, revision: str | None = None) -> BaseModel:
+    """A hub model of which only config.json is fetched: enough to estimate. Raises ModelError without a hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:  # as above
+        raise ModelError(f'Base model "{name}": its config.json can\'t be fetched ({type(error).__name__}).') from None
+    return BaseModel(name, revision, path.parent, "")
+
+
 def find_base(name: str, revision: str | None = None) -> BaseModel:
     """Find a base model's folder: the built-in one, a local folder, or the hub's (downloaded where needed).
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jinja2 import TemplateError as JinjaError
 
@@ -39,6 +39,9 @@ PLAIN_ROLES = (
 # control tokens apart until they are tokenized.
 _BREAKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _PROBE = "Zq9 probe"
+_R = TypeVar("_R")
+_Tokens = tuple[list[int], list[int]]  # ids and labels
+_BATCH = 64  # rows tokenized at once: more are hardly faster, and hold more memory
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,10 @@ class TokenizedExample:
     @property
     def learned(self) -> int:
         """Number of learned tokens."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     """Consecutive rendered text, learned or not, in pieces that are tokenized apart."""
 
     pieces: tuple[str, ...]
@@ -115,8 +117,7 @@ class ChatFormat:
             raise TemplateError("The tokenizer has no chat template; see ensure_chat_template.")
         user, answer = Message(role="user", content="Hello"), Message(role="assistant", content=_PROBE)
         try:
-            prompt = _render(tokenizer, [user], add_generation_prompt=True)
-            full = _render(tokenizer, [user, answer])
+            prompt, full = _render(tokenizer, [user, answer])
         except (JinjaError, ValueError, TypeError) as error:
             raise TemplateError(f"The chat template fails on a plain conversation: {error}") from None
         if not full.startswith(prompt) or _PROBE not in full[len(prompt) :]:
@@ -145,14 +146,26 @@ class ChatFormat:
         later turn sees). A conversation longer than max_length [tokens] is cut after the last learned turn that fits.
         Raises TemplateError when an assistant turn can't be located, or when not even the first one fits.
         """
-        sequences = [self._encode_sequence(segments) for segments in self._sequences(messages, tools)]
+        rendered = self._sequences(messages, tools)
+        return self._label(rendered, self._encode_pieces(rendered), max_length, source)
+
+    def tokenize_batch(self, examples: Sequence[Example], max_length: int) -> Iterator[list[TokenizedExample] | str]:
+        """Tokenize conversations at once: for each, what tokenize_example returns, or why it can't be tokenized."""
+        rendered = [_attempt(self._sequences, example.messages, example.tools) for example in examples]
+        known = self._encode_pieces(segments for found in rendered if not isinstance(found, str) for segments in found)
+        for example, found in zip(examples, rendered, strict=True):
+            yield found if isinstance(found, str) else _attempt(self._label, found, known, max_length, example.source)
+
+    def _label(
+        self, rendered: list[list[_Segment]], known: Mapping[str, list[int]], max_length: int | None, source: str
+    ) -> list[TokenizedExample]:
+        sequences = [self._encode_sequence(segments, known) for segments in rendered]
         if not sequences:
             raise TemplateError("has no assistant turn to learn from")
         fitting = [_cut(ids, labels, self.end_of_turn_id, max_length) for ids, labels in sequences]
         kept = [TokenizedExample(ids, labels, source) for ids, labels in fitting if ids]
         if not kept:
-            shortest = min(len(ids) for ids, _ in sequences)
-            raise TemplateError(f"is {shortest} tokens long, max_length is {max_length}")
+            raise TemplateError(f"is {min(len(ids) for ids, _ in sequences)} tokens long, max_length is {max_length}")
         return kept
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
@@ -168,26 +181,19 @@ class ChatFormat:
         return self._encode_sequence(segments)[0][len(self._encode_sequence(segments[:-1])[0]) :]
 
     def _probe_tools(self) -> bool:
-        """Whether the template itself renders functions, calls and results, and as what they are.
-
-        Control tokens stand among them, so that a template which spells characters anew doesn't pass.
-        """
+        """Whether the template itself renders functions, calls and results as what they are, control tokens in them."""
         typed = f"{_PROBE} {self.end_of_turn}"
         parameters = {"type": "object", "properties": {"zq9_key": {"type": "string", "description": typed}}}
         function = {"name": "zq9_function", "description": typed, "parameters": parameters}
+        call = ToolCall(name="zq9_function", arguments={"zq9_key": typed})
         messages = [
             Message(role="user", content="Hello"),
-            Message(
-                role="assistant", content="", tool_calls=[ToolCall(name="zq9_function", arguments={"zq9_key": typed})]
-            ),
+            Message(role="assistant", content="", tool_calls=[call]),
             Message(role="tool", content=f"result {typed}"),
             Message(role="assistant", content=_PROBE),
         ]
         safe, tools, mark = self._sanitise(messages, [{"type": "function", "function": function}])
-        try:
-            return bool(self._cut_at_answers(safe, mark, tools))
-        except TemplateError:
-            return False
+        return not isinstance(_attempt(self._cut_at_answers, safe, mark, tools), str)
 
     def _sequences(self, messages: Sequence[Message], tools: Tools) -> list[list[_Segment]]:
         """Render a conversation, cut in segments; tools as text where the template can't hold them."""
@@ -226,8 +232,7 @@ class ChatFormat:
     def _locate_answer(self, turns: Sequence[Message], tools: Tools) -> tuple[str, str]:
         """Render the last turn's prompt, and the turn itself through its end-of-turn token."""
         try:
-            prompt = _render(self.tokenizer, turns[:-1], tools, add_generation_prompt=True)
-            full = _render(self.tokenizer, turns, tools)
+            prompt, full = _render(self.tokenizer, turns, tools)
         except (JinjaError, ValueError, TypeError) as error:
             raise TemplateError(f"the chat template refuses it: {error}") from None
         answer = full.removeprefix(prompt)
@@ -235,36 +240,42 @@ class ChatFormat:
         if answer == full or end < 0 or answer[:end].isspace() or not end:
             raise TemplateError(f"the answer in turn {len(turns)} can't be located in what the template renders")
         answer = answer[: end + len(self.end_of_turn)]
-        missing = find_missing(prompt, turns[:-1], tools) or find_missing(answer, turns[-1:], ())
-        if missing is not None:
-            raise TemplateError(f"the chat template leaves out {missing[:40]!r}")
+        if uses_tools(turns, tools):
+            missing = find_missing(prompt, turns[:-1], tools) or find_missing(answer, turns[-1:], ())
+            if missing is not None:
+                raise TemplateError(f"the chat template leaves out {missing[:40]!r}")
         return prompt, answer
 
-    def _encode_sequence(self, segments: Sequence[_Segment]) -> tuple[list[int], list[int]]:
+    def _encode_sequence(self, segments: Sequence[_Segment], known: Mapping[str, list[int]] = {}) -> _Tokens:
+        """Join the tokens and labels of a sequence, whose pieces may be `known` from _encode_pieces."""
         ids: list[int] = []
         labels: list[int] = []
         for segment in segments:
             piece_ids: list[int] = []
-            for piece in segment.pieces:
-                piece_ids += self._encode(piece, first=not ids and not piece_ids)
+            for piece in filter(None, segment.pieces):
+                first = not ids and not piece_ids  # a piece may encode to nothing
+                text = piece if first else self._guard + piece
+                encoded = known[text] if text in known else self._encode_pieces([[_Segment((text,), False)]])[text]
+                piece_ids += encoded if first else encoded[self._guard_length :]
             expected = sum(len(self._special.findall(piece)) for piece in segment.pieces)
-            if sum(token in self._special_ids for token in piece_ids) != expected:
+            if sum(map(self._special_ids.__contains__, piece_ids)) != expected:
                 raise TemplateError("a control token arises from its content; remove it from the row")
             ids += piece_ids
             labels += piece_ids if segment.learned else [IGNORED] * len(piece_ids)
         return ids, labels
 
-    def _encode(self, text: str, first: bool) -> list[int]:
-        """Encode a piece of a sequence as it would be encoded in its midst.
+    def _encode_pieces(self, sequences: Iterable[Sequence[_Segment]]) -> dict[str, list[int]]:
+        """Encode all pieces of some sequences apart, those behind another with the guard: the tokens by text."""
+        from transformers import PreTrainedTokenizerFast as Fast
 
-        SentencePiece tokenizers put a space before the first word of whatever they are given; behind a guard that
-        is encoded along and dropped again, they don't.
-        """
-        if not text:
-            return []
-        guard = "" if first else self._guard
-        ids: list[int] = self.tokenizer(guard + text, add_special_tokens=False)["input_ids"]
-        return ids[self._guard_length :] if guard else ids
+        pieces = (enumerate(piece for part in segments for piece in part.pieces if piece) for segments in sequences)
+        texts = list(dict.fromkeys((self._guard if n else "") + piece for some in pieces for n, piece in some))
+        kind = type(self.tokenizer)
+        if kind.__call__ is not Fast.__call__ or kind._encode_plus is not Fast._encode_plus:
+            return {text: self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
+        self.tokenizer("", add_special_tokens=False)  # undoes padding and the like, which a backend remembers
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: found.ids for text, found in zip(texts, encoded, strict=True)}
 
     def _fold(self, messages: Sequence[Message]) -> list[Message]:
         """Put the system turn in front of the first user turn where the template has no place for it."""
@@ -275,7 +286,9 @@ class ChatFormat:
 
     def _sanitise(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], Tools, str]:
         """Break control tokens apart wherever somebody typed them; returns the mark that does it as well."""
-        everything = json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
+        everything = "".join(turn["content"] for turn in messages)
+        if uses_tools(messages, tools):
+            everything = json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
         mark = next((mark for mark in _BREAKS if mark not in everything), None)
         if mark is None:
             raise TemplateError("holds all 32 Unicode noncharacters U+FDD0 to U+FDEF; remove them")
@@ -284,29 +297,25 @@ class ChatFormat:
             clean = turn.copy()
             own = self._special if turn["role"] == "assistant" else self._added
             clean["content"] = _break_tokens(turn["content"], own, mark)
-            if turn.get("tool_calls"):
-                clean["tool_calls"] = [
-                    ToolCall(
-                        name=_break_tokens(call["name"], self._added, mark),
-                        arguments=_break_strings(call["arguments"], self._added, mark),
-                    )
-                    for call in turn["tool_calls"]
-                ]
+            if calls := turn.get("tool_calls"):
+                names = (_break_tokens(call["name"], self._added, mark) for call in calls)
+                arguments = (_break_strings(call["arguments"], self._added, mark) for call in calls)
+                clean["tool_calls"] = [ToolCall(name=n, arguments=a) for n, a in zip(names, arguments, strict=True)]
             safe.append(clean)
         return safe, _break_strings(tools, self._added, mark), mark
 
 
 def tokenize_examples(
-    chat: ChatFormat, examples: Iterable[Example], max_length: int
+    chat: ChatFormat, examples: Sequence[Example], max_length: int
 ) -> tuple[list[TokenizedExample], list[DataProblem]]:
     """Tokenize examples; those that don't fit the template or max_length [tokens] become problems."""
     tokenized: list[TokenizedExample] = []
     problems: list[DataProblem] = []
-    for example in examples:
-        try:
-            sequences = chat.tokenize_example(example.messages, max_length, example.source, example.tools)
-        except TemplateError as error:
-            problems.append(reject_example(example, str(error)))
+    batches = (examples[start : start + _BATCH] for start in range(0, len(examples), _BATCH))
+    found = (pair for batch in batches for pair in zip(batch, chat.tokenize_batch(batch, max_length), strict=True))
+    for example, sequences in found:
+        if isinstance(sequences, str):
+            problems.append(reject_example(example, sequences))
             continue
         answers = sum(turn["role"] == "assistant" and turn.get("learn", True) for turn in example.messages)
         learned = sum(sequence.labels.count(chat.end_of_turn_id) for sequence in sequences)
@@ -317,25 +326,29 @@ def tokenize_examples(
     return tokenized, problems
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], tools: Tools = (), add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: Any, turns: Sequence[Message], tools: Tools = ()) -> tuple[str, str]:
+    """What the template makes of the last turn's prompt, and of all turns."""
     # enable_thinking=False makes thinking templates put the empty thought into the prompt, where plain
     # instruction data leaves it; other templates ignore the variable.
-    text: str = tokenizer.apply_chat_template(
-        [to_template_turn(turn) for turn in messages],
-        tools=list(tools) or None,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=False,
-    )
-    return text
+    given = {"tools": list(tools) or None, "tokenize": False, "enable_thinking": False}
+    shown = [to_template_turn(turn) for turn in turns]
+    prompt: str = tokenizer.apply_chat_template(shown[:-1], add_generation_prompt=True, **given)
+    return prompt, tokenizer.apply_chat_template(shown, **given)
+
+
+def _attempt(work: Callable[..., _R], *given: Any) -> _R | str:
+    """What a call returns, or why it raises TemplateError."""
+    try:
+        return work(*given)
+    except TemplateError as error:
+        return str(error)
 
 
 def _folds_system(tokenizer: Any, user: Message) -> bool:
     """Whether a system turn must go into the user's: the template refuses, drops or later moves it."""
     system, answer = Message(role="system", content=_PROBE), Message(role="assistant", content="Hi")
     try:
-        prompt = _render(tokenizer, [system, user], add_generation_prompt=True)
-        full = _render(tokenizer, [system, user, answer])
+        prompt, full = _render(tokenizer, [system, user, answer])
     except (JinjaError, ValueError, TypeError):
         return True
     return _PROBE not in prompt or not full.startswith(prompt)
@@ -350,8 +363,8 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _pick_guard(tokenizer: Any, added: dict[str, Any]) -> tuple[str, int]:
     """Text behind which a word is encoded as in the midst of a line, and its length [tokens]; often empty.
 
-    For SentencePiece tokenizers a control token does, if it swallows no white space behind it; old ones put a space
-    behind control tokens too, but not behind a newline.
+    SentencePiece tokenizers put a space before the first word of whatever they are given. Behind a control token they
+    don't, if it swallows no white space behind it; old ones put a space there too, but not behind a newline.
     """
     controls = [text for text, token in added.items() if token.special and not token.rstrip and not token.normalized]
     for guard in ["", *controls[:1], "\n"]:
@@ -364,12 +377,7 @@ def _pick_guard(tokenizer: Any, added: dict[str, Any]) -> tuple[str, int]:
 
 def _break_tokens(content: str, tokens: re.Pattern[str], mark: str) -> str:
     """Put a mark behind the first character of every control token, overlapping ones too."""
-    pieces: list[str] = []
-    position = 0
-    while found := tokens.search(content, position):
-        pieces.append(content[position : found.start() + 1])
-        position = found.start() + 1
-    return mark.join([*pieces, content[position:]])
+    return re.sub(f"(?s)(?={tokens.pattern}).", rf"\g<0>{mark}", content) if tokens.search(content) else content
 
 
 def _break_strings(value: Any, tokens: re.Pattern[str], mark: str) -> Any:
@@ -383,7 +391,7 @@ def _break_strings(value: Any, tokens: re.Pattern[str], mark: str) -> Any:
     return value
 
 
-def _cut(ids: list[int], labels: list[int], end_of_turn_id: int, max_length: int | None) -> tuple[list[int], list[int]]:
+def _cut(ids: list[int], labels: list[int], end_of_turn_id: int, max_length: int | None) -> _Tokens:
     """Cut a sequence after the last learned end of turn within max_length [tokens]; empty when there is none."""
     if max_length is None or len(ids) <= max_length:
         return ids, labels

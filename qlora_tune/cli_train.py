@@ -171,11 +171,16 @@ def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool) ->
     from qlora_tune.train import train as fit
 
     with terminal.TrainProgress(resume) as progress:
-        result = fit(config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
+        result = fit(
+            config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping, on_note=say
+        )
     if result.status == "stopped":
         say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
         raise Stopped
-    loss = run.read_state().get("eval_loss")
+    state = run.read_state()
+    estimated = sum(state["estimated_parts"].values())
+    say(f"memory: {state['peak_bytes'] / 1e9:.2f} GB at most, {estimated / 1e9:.2f} GB estimated")
+    loss = state.get("eval_loss")
     if loss is not None:
         say(f"held-out loss of the adapter that was kept: {loss:.4f}")
     console.rule("score", align="left")

@@ -118,7 +118,12 @@ class TrainConfig(BaseModel):
         le=1000,
     )
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto", "Training", "Recompute activations in the backward pass: slower, far less memory; `auto`: CUDA only."
+        "auto", "Training", "Recompute activations in the backward pass: slower, far less memory; `auto`: where needed."
+    )
+    fast: bool = setting(
+        True,
+        "Training",
+        "Train in fewer passes with the same mathematics; off: TRL's plain way. Where a base needs it, off by itself.",
     )
     seed: int = setting(42, "Training", "Seed of the split, the order, the adapter and the noise.", ge=0, lt=2**32)
 

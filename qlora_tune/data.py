@@ -195,6 +195,8 @@ def split_heldout(examples: Sequence[Example], share: float, seed: int) -> tuple
     to give up is carried to the next one, so that the share holds over many small tasks. One group at least is held
     out where there are two, and one always trained on.
     """
+    if not share:
+        return list(examples), []
     groups = _group_copies(examples)
     by_task: dict[str, list[list[int]]] = {}
     for key in sorted(groups):

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from threading import Thread
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock, Thread
 from typing import Any
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
+from qlora_tune.fast import _weight_of
 from qlora_tune.tool_text import Tools
 from qlora_tune.turns import Message
 
 ANSWER_SHARE = 4  # of the context, at most one part in so many is kept free for the answer while turns are left out
 SHORTEST_ANSWER = 16  # [tokens]
+ROUND = 8  # [tokens] after so many, the rows of a batch that have ended leave it
+KEPT_SHARE = (
+    4  # weights stay dequantized while a model answers, where they take at most one part in so many of what is free
+)
+ONE_THREAD_HIDDEN = 256  # up to this hidden size a second thread makes answers no faster, for nearly twice the CPU time
 
 
 def stop_ids(chat: ChatFormat) -> list[int]:
@@ -44,19 +55,50 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = _pad_left([prompts[index] for index in chosen], chat.tokenizer.pad_token_id)
-        with torch.inference_mode():
-            tokens = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                generation_config=_generation_config(chat, max_new_tokens),
-            )
-        prompt_length = inputs["input_ids"].shape[1]
-        for index, row in zip(chosen, tokens[:, prompt_length:].tolist(), strict=True):
-            answers[index] = decode_answer(chat, row)
-        on_progress(min(start + batch_size, len(order)))
+    with faster_answers(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            with torch.inference_mode():
+                rows = _answer_batch(model, chat, [prompts[index] for index in chosen], max_new_tokens)
+            for index, row in zip(chosen, rows, strict=True):
+                answers[index] = decode_answer(chat, row)
+            on_progress(min(start + batch_size, len(order)))
     return answers
+
+
+def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The tokens of one batch's answers, through their end of turn. The batch shrinks as answers end."""
+    import torch
+
+    stops = set(stop_ids(chat))
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    inputs = _pad_left(prompts, chat.tokenizer.pad_token_id)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    left = max_new_tokens
+    while True:
+        found = model.generate(
+            **inputs,
+            generation_config=_generation_config(chat, min(ROUND, left) if len(going) > 1 else left),
+            return_dict_in_generate=True,
+        )
+        tokens = found.sequences[:, inputs["input_ids"].shape[1] :]
+        for index, row in zip(going, tokens.tolist(), strict=True):
+            rows[index] += row
+        left -= tokens.shape[1]
+        kept = [place for place, index in enumerate(going) if not stops & set(rows[index])]
+        if not kept or left <= 0:
+            return rows
+        cache, mask = (
+            found.past_key_values,
+            torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1]), value=1),
+        )
+        ids = found.sequences
+        if len(kept) < len(going) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            chosen = torch.tensor(kept, device=ids.device)
+            cache.batch_select_indices(chosen)
+            ids, mask, going = ids[chosen], mask[chosen], [going[place] for place in kept]
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
 
 
 def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
@@ -115,7 +157,7 @@ def stream_reply(
 
     def work() -> None:
         try:
-            with torch.inference_mode():
+            with faster_answers(model), torch.inference_mode():
                 model.generate(
                     **{name: tensor.to(model.device) for name, tensor in inputs.items()},
                     generation_config=_generation_config(chat, room, temperature, top_p),
@@ -136,6 +178,114 @@ def stream_reply(
         thread.join()
     if failure:
         raise failure[0]
+
+
+@dataclass
+class _Answering:
+    """How many answers a model is giving at this moment, and what to undo after the last one."""
+
+    users: int = 0
+    threads: int = 0
+    undo: ExitStack = field(default_factory=ExitStack)
+
+
+_answering: WeakKeyDictionary[Any, _Answering] = WeakKeyDictionary()
+_counting = Lock()
+
+
+@contextmanager
+def faster_answers(model: Any) -> Iterator[None]:
+    """Let a model in eval mode answer with less work, to the last bit the same, while the block runs.
+
+    On a CPU, bitsandbytes dequantizes each weight at each call; here that happens once. PEFT's layers are passed by.
+    Several threads may be inside at once.
+    """
+    import torch
+
+    with _counting:
+        state = _answering.setdefault(model, _Answering())
+        if not state.users:
+            state.threads = torch.get_num_threads()
+            with ExitStack() as stack:
+                for module, forward in _shortcuts(model):
+                    stack.enter_context(patch.object(module, "forward", forward))
+                state.undo = stack.pop_all()
+        state.users += 1
+    one_thread = model.device.type == "cpu" and model.config.get_text_config().hidden_size <= ONE_THREAD_HIDDEN
+    try:
+        if one_thread:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if one_thread:
+            torch.set_num_threads(state.threads)
+        with _counting:
+            state.users -= 1
+            if not state.users:
+                state.undo.close()
+
+
+def _shortcuts(model: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """The layers that can do with less work, each with its new forward."""
+    modules = list(model.modules())
+    packed = [module for module in modules if _is_packed(module)]
+    found: list[tuple[Any, Callable[..., Any]]] = []
+    if model.device.type == "cpu" and _fit(packed):
+        found += [(module, partial(_linear, module.forward, module, _weight_of(module, True)())) for module in packed]
+    for module in modules:
+        if _is_packed(getattr(module, "base_layer", None)) and (name := _only_adapter(module)):
+            found.append((module, partial(_adapted, module.forward, module, name)))
+    return found
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether this is a linear layer of bitsandbytes whose 4-bit weight dequantizes to what it computes with."""
+    if type(module).__name__ != "Linear4bit" or hasattr(module, "base_layer"):
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return False
+    bias = module.bias
+    return module.compute_dtype in (None, state.dtype) and (bias is None or bias.dtype == state.dtype)
+
+
+def _fit(packed: Sequence[Any]) -> bool:
+    """Whether the dequantized weights take no more than their share of the free memory."""
+    import psutil
+
+    states = [module.weight.quant_state for module in packed]
+    size = sum(state.shape.numel() * state.dtype.itemsize for state in states)
+    return bool(size * KEPT_SHARE <= psutil.virtual_memory().available)
+
+
+def _only_adapter(module: Any) -> str | None:
+    """The name of a layer's only active adapter, where that is plain LoRA without biases; else None."""
+    active = list(getattr(module, "active_adapters", []))
+    if len(active) != 1 or active[0] not in getattr(module, "lora_A", {}) or active[0] in module.lora_variant:
+        return None
+    matrices = module.lora_A[active[0]], module.lora_B[active[0]]
+    return active[0] if all(getattr(each, "bias", True) is None for each in matrices) else None
+
+
+def _linear(stock: Callable[..., Any], module: Any, weight: Any, x: Any) -> Any:
+    from torch.nn.functional import linear
+
+    return linear(x, weight, module.bias) if x.dtype == weight.dtype else stock(x)
+
+
+def _adapted(stock: Callable[..., Any], module: Any, name: str, x: Any, **named: Any) -> Any:
+    """PEFT's own operations in their order, as their rounding decides between words; without its checks and copies."""
+    import torch
+    from torch.nn.functional import linear
+
+    if named or module.training or module.merged or torch.is_autocast_enabled(x.device.type):
+        return stock(x, **named)
+    result = module.base_layer(x)
+    if module.disable_adapters:
+        return result
+    first, second = module.lora_A[name].weight, module.lora_B[name].weight
+    change = linear(linear(x.to(first.dtype), first), second).mul_(module.scaling[name])
+    return result.add_(change.to(result.dtype))
 
 
 def _generation_config(chat: ChatFormat, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Any:

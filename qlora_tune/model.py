@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Precision = Literal["bfloat16", "float16", "float32"]
 # Matrices this small gain nothing from more threads: a second one made training 9 % faster for 30 % more CPU time.
-ONE_THREAD_HIDDEN = 256
+ONE_THREAD_HIDDEN = 0
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
@@ -79,7 +79,7 @@ def quiet_stack(log_file: Path | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP threads that wait by spinning starve each other as soon as another process wants a core: a step took
     # 15 s instead of 0.6 s beside one busy process. A short spin costs 10 % on an idle machine (docs/log.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     handler: logging.Handler = logging.FileHandler(log_file, encoding="utf-8") if log_file else logging.NullHandler()
@@ -189,10 +189,19 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f'Base model "{base.name}" can\'t be loaded: {error}') from None
     _keep_4bit_weights_trainable(model)
+    if device.kind == "cpu":
+        _let_go_of_file(model)
     model.config.use_cache = False
     threads = _all_threads()  # asked before the first change
     torch.set_num_threads(1 if model.config.get_text_config().hidden_size <= ONE_THREAD_HIDDEN else threads)
     return model
+
+
+def _let_go_of_file(model: Any) -> None:
+    """Copy what was not quantized, which is read in place: as long as one tensor is, all of the base's file is held."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.clone()
 
 
 @cache
@@ -268,17 +277,6 @@ def keep_adapter_in_fp32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-
-
-def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
-    """Keep PEFT from casting inputs to the adapter's float32, where autocast casts them back to the very same values.
-
-    A twelfth of a step on a CPU. Not for DoRA, which computes with those inputs outside of autocast's operations.
-    """
-    from peft.helpers import disable_input_dtype_casting
-
-    casting: AbstractContextManager[None] = disable_input_dtype_casting(model, active=active)
-    return casting
 
 
 @contextmanager

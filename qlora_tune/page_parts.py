@@ -263,13 +263,13 @@ def show_answers(answers: Sequence[Answered]) -> str:
 
 def _figures(last: dict[str, Any], metrics: Sequence[dict[str, Any]], state: dict[str, Any]) -> list[tuple[str, str]]:
     held_out = [entry["eval_loss"] for entry in metrics if "eval_loss" in entry]
-    going = state["status"] == "running"
+    going, estimated = state["status"] == "running", sum(state.get("estimated_parts", {}).values())
     return [
         ("step", f"{last['step']} of {last['total_steps']}"),
         ("loss", f"{last['loss']:.3f}"),
         ("held-out loss", f"{held_out[-1]:.3f}" if held_out else "not yet"),
         ("speed", f"{last.get('tokens_per_s', 0):,.0f} tokens/s"),
-        ("memory", _gb(last["memory_bytes"])),
+        ("memory", _gb(last["memory_bytes"]) + (f" of {_gb(estimated)} estimated" if estimated else "")),
         ("time left", str(timedelta(seconds=int(last["left_s"]))) if going else "–"),
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
-from qlora_tune.base import download_bytes, is_local
+from qlora_tune.base import download_bytes, fetch_config, is_local
 from qlora_tune.config import (
     BUILTIN,
     ResolvedConfig,
@@ -21,11 +21,12 @@ from qlora_tune.config import (
     resolve_config,
 )
 from qlora_tune.errors import TuneError
-from qlora_tune.estimate import MemoryEstimate, estimate_memory, estimate_seconds, unknown_targets
 from qlora_tune.flags import command_line
 from qlora_tune.launch import refuse_busy_device
+from qlora_tune.memory import MemoryEstimate, choose_fit, free_bytes, unknown_targets
 from qlora_tune.model import Device
-from qlora_tune.prepare import Setup, data_files, heldout_files, prepare, refuse_other_device
+from qlora_tune.pace import estimate_seconds
+from qlora_tune.prepare import Setup, data_files, heldout_files, precision_of, prepare, refuse_other_device
 from qlora_tune.runs import fingerprint_files, list_runs
 
 LOST_SHARE = 0.05  # of the rows: beyond it the card says so aloud
@@ -74,11 +75,9 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
         refuse_other_device(config.preset, device)
         if is_local(config.model_name_or_path):
             setup = _prepare(config.model_dump_json(include=_PREPARED), fingerprint_files(data_files(config)))
-            longest = max(len(sequence.input_ids) for sequence in setup.data.train)
-            summary = setup.data.summary()
-            learned = summary["learned_tokens"] / summary["train_tokens"]
-            memory = estimate_memory(setup.base, config, device, setup.precision, longest, learned)
-            facts += _setup_facts(setup, resolved)
+            lengths, learned = setup.data.lengths(), setup.data.learned_share()
+            fit, memory = choose_fit(setup.base, config, device, setup.precision, lengths, free_bytes(device), learned)
+            facts += [*_setup_facts(setup, resolved), ("fit", fit.describe())]
             warnings += _warn(setup, config)
             if unknown := unknown_targets(setup.base, config.lora_target_modules):
                 problems.append(f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model.")
@@ -90,6 +89,11 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
         else:
             size = download_bytes(config.model_name_or_path, config.model_revision)
             facts.append(("download", f"{size / 1e9:.1f} GB, when the run starts; rows are counted after it"))
+            base = fetch_config(config.model_name_or_path, config.model_revision)
+            effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            lengths = [config.max_length] * effective
+            fit, memory = choose_fit(base, config, device, precision_of(config, device), lengths, free_bytes(device))
+            facts.append(("fit", f"{fit.describe()}, if rows are as long as max_length"))
         if config.run_name and (Path(config.runs_dir) / config.run_name).exists():
             problems.append(f"run_name: {config.run_name} exists. Choose another, or resume that run.")
         refuse_busy_device(device.kind)

@@ -42,9 +42,17 @@ class PreparedData:
     heldout_examples: list[Example]
     report: DataReport
 
+    def lengths(self) -> list[int]:
+        """Lengths of the training sequences [tokens]."""
+        return [len(sequence.input_ids) for sequence in self.train]
+
+    def learned_share(self) -> float:
+        """Share of the training tokens that are learned."""
+        return sum(sequence.learned for sequence in self.train) / sum(self.lengths())
+
     def summary(self) -> dict[str, Any]:
         """Totals for the run's record; tokens are counted on the training sequences."""
-        lengths = [len(sequence.input_ids) for sequence in self.train]
+        lengths = self.lengths()
         return {
             "rows_in": self.report.rows_in,
             "rows_kept": self.report.kept,
@@ -222,12 +230,6 @@ def load_files(
 def precision_of(config: TrainConfig, device: Device) -> Precision:
     """What the settings say to compute in; by itself what the device really has."""
     return device.precision if config.dtype == "auto" else config.dtype
-
-
-def checkpoints_activations(config: TrainConfig, device: Device) -> bool:
-    """Whether training recomputes activations in the backward pass."""
-    wanted = config.activation_checkpointing
-    return wanted == "on" or (wanted == "auto" and device.kind == "cuda")
 
 
 def optimizer_of(config: TrainConfig, device: Device) -> str:

@@ -9,28 +9,22 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
 from qlora_tune import runs
-from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError, RunError
+from qlora_tune.fast import FastModel, fast_path, split_batch
+from qlora_tune.memory import Fit, MemoryEstimate, choose_fit, free_bytes, peak_bytes, possible_fits
 from qlora_tune.model import Device, Quantization
-from qlora_tune.prepare import (
-    PAD_TO,
-    SHORT_ROWS,
-    Setup,
-    checkpoints_activations,
-    data_files,
-    optimizer_of,
-    quantization_of,
-)
+from qlora_tune.prepare import SHORT_ROWS, Setup, data_files, quantization_of
 from qlora_tune.runs import Run
+from qlora_tune.trainer import build_trainer, uncast_inputs
 
 
 @dataclass(frozen=True)
@@ -50,13 +44,15 @@ def train(
     resume: bool = False,
     on_metrics: Callable[[dict[str, Any]], None] = lambda entry: None,
     on_stop: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> TrainResult:
     """Train an adapter and leave it in the run's folder.
 
     `on_metrics` is called after every optimizer step and evaluation with what metrics.jsonl gets: step,
     total_steps, loss or eval_loss, learning_rate, grad_norm, tokens_per_s, memory_bytes, elapsed_s, left_s.
     SIGINT and SIGTERM save a checkpoint and end training; a third one ends it at once. Raises RunError when the
-    loss is no longer finite, or when there is nothing sound to resume from. `on_stop` is called when a stop is asked.
+    loss is no longer finite, or when there is nothing sound to resume from. `on_stop` is called when a stop is asked,
+    `on_note` with a line on how the run uses memory.
     """
     fingerprints = {
         "data_fingerprint": runs.fingerprint_files(data_files(config)),
@@ -82,7 +78,7 @@ def train(
         run.write_heldout(setup.data.heldout_examples)
         model = models.load_base(setup.base, setup.device, setup.precision, quantization)
         model = _attach(model, config)
-        status = _fit(model, config, run, setup, checkpoint, on_metrics, on_stop)
+        status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop, on_note)
         if status == "finished":
             _save_adapter(model, run, setup, quantization)
     except KeyboardInterrupt:
@@ -107,55 +103,7 @@ def _out_of_memory(config: TrainConfig, device: Device) -> str:
     )
 
 
-def to_sft_config(config: TrainConfig, run: Run, setup: Setup) -> Any:
-    """Translate our settings to TRL's: the only place that knows both."""
-    from trl import SFTConfig
-
-    steps = setup.total_steps(config)
-    every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
-    has_heldout = bool(setup.data.heldout)
-    on_cuda = setup.device.kind == "cuda"
-    return SFTConfig(
-        output_dir=str(run.checkpoints),
-        max_length=None,  # rows are already whole and short enough; the default would cut them again
-        packing=False,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        # The held-out loss holds logits of the whole batch, as training does: no larger batch fits.
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=optimizer_of(config, setup.device),
-        neftune_noise_alpha=config.neftune_noise_alpha,
-        gradient_checkpointing=checkpoints_activations(config, setup.device),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=setup.precision == "bfloat16",
-        fp16=setup.precision == "float16",
-        use_cpu=not on_cuda,
-        seed=config.seed,
-        eval_strategy="steps" if has_heldout else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=config.load_best_model_at_end and has_heldout,
-        metric_for_best_model="eval_loss" if has_heldout else None,
-        greater_is_better=False if has_heldout else None,
-        pad_to_multiple_of=None if on_cuda else PAD_TO,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show a loss that is not a number as 0.0
-        dataloader_pin_memory=on_cuda,
-        disable_tqdm=True,
-        report_to="none",
-    )
-
-
-def _fit(
+def _train_adapter(
     model: Any,
     config: TrainConfig,
     run: Run,
@@ -163,15 +111,20 @@ def _fit(
     checkpoint: Path | None,
     on_metrics: Callable[[dict[str, Any]], None],
     on_stop: Callable[[], None],
+    on_note: Callable[[str], None],
 ) -> str:
     """Run SFTTrainer to its end or to a stop signal. Returns finished or stopped."""
-    trainer = _build_trainer(model, config, run, setup)
-    models.keep_adapter_in_fp32(model)
-    short = max(len(sequence.input_ids) for sequence in setup.data.train) <= SHORT_ROWS
-    if setup.device.kind == "cpu" and short:
-        model.set_attn_implementation("eager")
     started = time.process_time()
-    with _stop_on_signal(on_stop) as stop, models.uncast_inputs(model, active=not config.use_dora):
+    with ExitStack() as stack:
+        fit, fast = _settle(stack, model, config, run, setup, on_note)
+        trainer = build_trainer(
+            model, config, run, setup, fast=fast, max_tokens=fit.max_tokens, checkpointing=fit.checkpointing
+        )
+        if fast is None:
+            if setup.device.kind == "cpu" and _longest(setup) <= SHORT_ROWS:
+                model.set_attn_implementation("eager")
+            stack.enter_context(uncast_inputs(model, active=not config.use_dora))
+        stop = stack.enter_context(_stop_on_signal(on_stop))
         trainer.add_callback(_recorder(run, setup, on_metrics, stop))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # Off with training's autocast: scores must come from the computation that chat and exports will do.
@@ -179,70 +132,77 @@ def _fit(
     model.set_attn_implementation("sdpa")
     _refuse_non_finite(model)
     state = trainer.state
-    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
     kept = state.best_metric if trainer.args.load_best_model_at_end else next(reversed(losses), None)
-    run.update_state(steps=state.global_step, eval_loss=kept, train_cpu_s=round(time.process_time() - started, 1))
+    run.update_state(
+        steps=state.global_step,
+        eval_loss=kept,
+        train_cpu_s=round(time.process_time() - started, 1),
+        peak_bytes=peak_bytes(setup.device),
+    )
     return "stopped" if stop.asked and state.global_step < state.max_steps else "finished"
 
 
-def _build_trainer(model: Any, config: TrainConfig, run: Run, setup: Setup) -> Any:
+def _longest(setup: Setup) -> int:
+    return max(len(sequence.input_ids) for sequence in setup.data.train + setup.data.heldout)
+
+
+def _settle(
+    stack: ExitStack, model: Any, config: TrainConfig, run: Run, setup: Setup, on_note: Callable[[str], None]
+) -> tuple[Fit, FastModel | None]:
+    """Settle how the run uses memory, and put the fast path in place where it is wanted and gives the stock loss.
+
+    Begins with the fastest fit whose estimate is within the free memory. The longest rows are then tried for real,
+    and where memory runs out after all, the next smaller fit. A resumed run keeps its fit, and so its results.
+    """
+    lengths, learned = setup.data.lengths(), setup.data.learned_share()
+    free = free_bytes(setup.device)
+
+    def choose(config: TrainConfig) -> tuple[Fit, MemoryEstimate]:
+        return choose_fit(setup.base, config, setup.device, setup.precision, lengths, free, learned)
+
+    first, memory = choose(config)
+    if earlier := run.read_state().get("fit"):
+        first = Fit(**earlier)
+    fits = possible_fits(config, setup.device, max(lengths))
+    for fit in fits[fits.index(first) :] if config.fast and first in fits else [first]:
+        with ExitStack() as attempt:
+            noise = config.neftune_noise_alpha
+            path = fast_path(model, longest=_longest(setup), keep_weights=fit.keep_weights, neftune_noise_alpha=noise)
+            fast = attempt.enter_context(path) if config.fast else None
+            if config.fast and fast is None:
+                on_note("the fast path doesn't know this base's layers: it is trained the plain way")
+                fit, memory = choose(config.model_copy(update={"fast": False}))
+            if fast is None or _fits(model, config, setup, fit, fast):
+                stack.enter_context(attempt.pop_all())
+                run.update_state(fit=asdict(fit), path="fast" if fast else "plain", estimated_parts=memory.parts)
+                words = f"{fit.describe()}; " if fast else ""
+                on_note(f"{words}memory at most about {memory.peak_bytes / 1e9:.1f} GB")
+                return fit, fast
+        on_note(f"out of memory with {fit.describe()}: going on with less, with the same effective batch")
+        models.free_memory()
+    raise MemoryLimitError(_out_of_memory(config, setup.device))
+
+
+def _fits(model: Any, config: TrainConfig, setup: Setup, fit: Fit, fast: FastModel) -> bool:
+    """Whether the largest micro-batch's forward and backward pass fit into memory. Leaves no gradient behind."""
     import torch
-    from transformers import EarlyStoppingCallback, PrinterCallback
-    from trl import SFTTrainer
 
-    class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Leave no card of empty headings in the checkpoints; export writes the real one."""
-
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-            with models.only_learned(self.model, inputs) as fewer:
-                return super().compute_loss(model, fewer, *rest, **named)
-
-        def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-            self.model.eval()
-            total = torch.zeros((), dtype=torch.float64)
-            tokens = 0
-            for batch in self.get_eval_dataloader():
-                learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    total += self.compute_loss(self.model, self._prepare_inputs(batch)).double().cpu() * learned
-                tokens += learned
-            metrics = {f"{metric_key_prefix}_loss": float(total / max(tokens, 1))}
-            self.log(metrics)
-            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-    args = to_sft_config(config, run, setup)
-    callbacks = []
-    if config.early_stopping_patience and setup.data.heldout:
-        stopper = EarlyStoppingCallback(config.early_stopping_patience)
-        losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
-        # After a resume it would count from 0 again.
-        stopper.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        callbacks.append(stopper)
-    trainer = MaskedTrainer(
-        model=model,
-        args=args,
-        train_dataset=_to_dataset(setup.data.train),
-        eval_dataset=_to_dataset(setup.data.heldout) if setup.data.heldout else None,
-        processing_class=setup.tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict(
-        {
-            "input_ids": [sequence.input_ids for sequence in sequences],
-            "labels": [sequence.labels for sequence in sequences],
-        }
-    )
+    rows = sorted(setup.data.train, key=lambda sequence: -len(sequence.input_ids))
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    whole = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows[:effective]]
+    largest = split_batch(whole, fit.max_tokens, setup.device.kind == "cpu")[0]
+    if fit.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        with torch.random.fork_rng([0] if setup.device.kind == "cuda" else []):
+            model.train()
+            fast.loss_sum(largest).backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
 
 
 class _Stop:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_families import FAMILIES
+from test_chat_format_families import conversations, each_case, tokenizer_of
+from tokenizers import AddedToken, normalizers
 
 from qlora_tune.chat_format import CHATML, IGNORED, ChatFormat, ensure_chat_template, tokenize_examples
 from qlora_tune.errors import TemplateError
@@ -230,3 +233,74 @@ def test_a_system_turn_that_the_template_moves_later_is_folded_into_the_user_tur
     assert chat.tokenizer.decode(example.input_ids) == (
         "<|im_start|>S\n\none<|pad|>two<|im_end|><|im_start|>three<|pad|>four<|im_end|>"
     )
+
+
+def tokenize_singly(chat: ChatFormat, example: Example, max_length: int) -> list[Any] | str:
+    try:
+        return chat.tokenize_example(example.messages, max_length, example.source, example.tools)
+    except TemplateError as error:
+        return str(error)
+
+
+def assert_a_batch_gives_what_single_rows_give(chat: ChatFormat, examples: list[Example], max_length: int) -> list[Any]:
+    """Returns what became of each row."""
+    singly = [tokenize_singly(chat, example, max_length) for example in examples]
+    assert list(chat.tokenize_batch(examples, max_length)) == singly
+    sequences, problems = tokenize_examples(chat, examples, max_length)
+    assert sequences == [sequence for found in singly if not isinstance(found, str) for sequence in found]
+    refused = [(number, found) for number, found in enumerate(singly, start=1) if isinstance(found, str)]
+    assert [(p.line, p.reason) for p in problems if p.action == "rejected"] == refused
+    return singly
+
+
+@each_case
+def test_a_batch_gives_what_single_rows_give(name: str, kind: str) -> None:
+    chat = ChatFormat.probe(tokenizer_of(name, kind))
+    rows = [[Message(**turn) for turn in turns] for turns in conversations(name, 0.2)[:150]]
+    rows[3] = conversation("a question without an answer")[:1]
+    rows[5] = conversation("".join(map(chr, range(0xFDD0, 0xFDF0))), "two")
+    rows[70] = conversation("one", "two " * 400)
+    examples = [Example(tuple(turns), None, f"d.jsonl:{number}") for number, turns in enumerate(rows, start=1)]
+    found = assert_a_batch_gives_what_single_rows_give(chat, examples, 300)
+    assert found[3] == "has no assistant turn to learn from"
+    assert "holds all 32" in found[5]
+    assert "max_length is 300" in found[70]
+    rewritten = next(family for family in FAMILIES if family.name == name).one_sequence_per_answer
+    assert any(len(sequences) > 1 for sequences in found if not isinstance(sequences, str)) == rewritten
+
+
+def test_a_row_that_is_refused_for_its_tokens_leaves_the_others_of_its_batch_as_they_are(builtin: Any) -> None:
+    tokenizer = with_template(builtin[2], CHATML)
+    tokenizer.add_tokens([AddedToken("<|snow|>", normalized=True, special=True)], special_tokens=True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("☃", "<|snow|>")
+    chat = ChatFormat.probe(tokenizer)
+    contents = [("one", "two"), ("a ☃", "cold"), ("<|im_end|>", "text"), ("three", "four")]
+    examples = [Example(tuple(conversation(*pair)), None, f"d.jsonl:{n}") for n, pair in enumerate(contents, start=1)]
+    found = assert_a_batch_gives_what_single_rows_give(chat, examples, 64)
+    assert [isinstance(row, str) for row in found] == [False, True, False, False]
+    assert "a control token arises from its content" in found[1]
+
+
+def test_an_empty_batch_gives_nothing(builtin: Any) -> None:
+    assert list(builtin[2].tokenize_batch([], 64)) == []
+    assert tokenize_examples(builtin[2], [], 64) == ([], [])
+
+
+def test_padding_and_truncation_that_were_set_before_do_not_reach_the_tokens(builtin: Any) -> None:
+    chat = builtin[2]
+    example = Example(tuple(conversation("one", "two " * 20)), None, "d.jsonl:1")
+    expected = chat.tokenize_example(example.messages, source=example.source)
+    chat.tokenizer(["one", "two three"], padding="max_length", truncation=True, max_length=8)
+    assert list(chat.tokenize_batch([example] * 2, 200)) == [expected, expected]
+
+
+def test_a_tokenizer_that_encodes_in_its_own_way_is_asked_to(builtin: Any) -> None:
+    tokenizer = with_template(builtin[2], CHATML)
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, text: str, *args: Any, **named: Any) -> Any:
+            return super()._encode_plus(text.replace("one", "two"), *args, **named)
+
+    tokenizer.__class__ = Own
+    (example,) = ChatFormat.probe(tokenizer).tokenize_example(conversation("one", "three"))
+    assert "two<|im_end|>" in tokenizer.decode(example.input_ids)

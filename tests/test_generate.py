@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from qlora_tune import generate
 from qlora_tune.errors import ModelError
-from qlora_tune.generate import fit_context, generate_answers, stop_ids, stream_reply
+from qlora_tune.generate import faster_answers, fit_context, generate_answers, stop_ids, stream_reply
 from qlora_tune.shapes import Message
 
 
@@ -86,3 +87,95 @@ def test_a_talk_longer_than_the_context_loses_its_oldest_turns_only(exact: Any) 
         fit_context(model, chat, [*turns, Message(role="user", content="too long " * 400)], max_new_tokens=256)
     tokens = chat.tokenizer("".join(stream_reply(model, chat, kept, max_new_tokens=9999, temperature=5.0)))
     assert len(tokens["input_ids"]) <= context
+
+
+def noisy(builtin: Any, *, in_4bit: bool = True, precision: Any = "bfloat16", **adapter: Any) -> Any:
+    """The built-in base with a fresh adapter that changes what it says. bfloat16 shows every change of rounding."""
+    import torch
+
+    from qlora_tune.model import Quantization, attach_adapter, detect_device, load_base
+
+    base = load_base(builtin[0], detect_device(), precision, Quantization(load_in_4bit=in_4bit))
+    sizes = {"lora_r": 8, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["all-linear"]}
+    model = attach_adapter(base, **{**sizes, **adapter})
+    chance = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = (torch.randn(weight.shape, generator=chance) * 0.1).to(weight.device, weight.dtype)
+    return model
+
+
+def patched(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def answer(model: Any, chat: Any, asked: list[list[Message]]) -> list[str]:
+    batched = generate_answers(model, chat, asked, max_new_tokens=40, batch_size=8)
+    return [*batched, "".join(stream_reply(model, chat, asked[0], max_new_tokens=20))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "packed", "adapted"),  # of the seven projections of eight layers
+    [
+        ({}, 56, 56),
+        ({"use_dora": True}, 56, 0),
+        ({"target_modules": ["q_proj"]}, 56, 8),
+        ({"in_4bit": False}, 0, 0),
+    ],
+    ids=["plain", "dora", "one-target", "unquantized"],
+)
+def test_answers_are_the_same_with_and_without_the_speed_up(
+    changes: Any, packed: int, adapted: int, builtin: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chat, asked = noisy(builtin, **changes), builtin[2], prompts(finished, 16)
+    with faster_answers(model.eval()):
+        assert len(patched(model)) == adapted + (packed if model.device.type == "cpu" else 0)
+    tuned = answer(model, chat, asked)
+    with model.disable_adapter():
+        base = answer(model, chat, asked)
+    assert not patched(model)
+    monkeypatch.setattr(generate, "_shortcuts", lambda model: [])
+    monkeypatch.setattr(generate, "ROUND", 10**6)
+    assert answer(model, chat, asked) == tuned
+    with model.disable_adapter():
+        assert answer(model, chat, asked) == base
+    assert tuned != base
+
+
+def test_weights_that_would_fill_the_memory_are_not_kept(builtin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = noisy(builtin).eval()
+    monkeypatch.setattr(generate, "KEPT_SHARE", 10**9)
+    with faster_answers(model):
+        assert len(patched(model)) == 56
+        assert all("base_layer" not in name for name in patched(model))
+
+
+def test_nothing_stays_changed_after_answers_or_after_a_failure(builtin: Any, finished: Any) -> None:
+    import torch
+
+    model, chat, asked = noisy(builtin), builtin[2], prompts(finished, 4)
+    threads = torch.get_num_threads()
+
+    def fail(done: int) -> None:
+        assert patched(model)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate_answers(model, chat, asked, max_new_tokens=4, batch_size=2, on_progress=fail)
+    assert not patched(model)
+    stream = stream_reply(model, chat, asked[0], max_new_tokens=200, temperature=5.0)
+    next(stream)
+    stream.close()
+    assert not patched(model)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_speed_up_ends_with_the_last_of_several_answers(builtin: Any) -> None:
+    model = noisy(builtin).eval()
+    first, second = faster_answers(model), faster_answers(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert patched(model)
+    second.__exit__(None, None, None)
+    assert not patched(model)

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import settings
+from losses import adapt, distance, draw_row, draw_rows, in_place, opened, plain, quick, take_gradients, unlearned
 
+from qlora_tune import fused
 from qlora_tune import train as training
 from qlora_tune.export import KL_LIMIT, merge_adapter, open_adapter
+from qlora_tune.fast import split_batch
 from qlora_tune.generate import generate_answers
 from qlora_tune.model import Quantization, detect_device, load_base
 from qlora_tune.prepare import Setup, prepare
@@ -198,3 +201,116 @@ def test_a_run_goes_on_from_its_checkpoint_with_paged_states(tmp_path: Path, opt
     assert result.status == "finished"
     assert len(losses(run)) == 8
     assert losses(run)[4:] == pytest.approx(uninterrupted[4:], rel=2e-2)
+
+
+# ---------------------------------------------------------------- the fast path
+
+LENGTHS = (9, 230, 31, 118, 64, 12)
+
+
+@pytest.fixture(scope="module")
+def adapted(builtin: tuple[Any, Any, Any]) -> Any:
+    """The built-in base in bfloat16 with an adapter that changes what it answers, in training mode."""
+    device = detect_device()
+    if device.precision != "bfloat16":
+        pytest.skip("needs a CUDA device that computes in bfloat16")
+    return adapt(load_base(builtin[0], device, "bfloat16", Quantization())).train()
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+@pytest.mark.parametrize("max_tokens", [128, 2048])
+def test_the_fast_path_on_the_gpu_gives_the_plain_loss_and_gradients(
+    adapted: Any, max_tokens: int, keep_weights: bool
+) -> None:
+    rows, before = draw_rows(LENGTHS), in_place(adapted)
+    expected_loss, expected = plain(adapted, rows, autocast=True)
+    with opened(adapted, keep_weights=keep_weights) as fast:
+        loss, found = quick(fast, rows, max_tokens)
+    assert loss == pytest.approx(expected_loss, rel=2e-3)
+    assert distance(found, expected) < 2e-2
+    assert in_place(adapted) == before
+    assert plain(adapted, rows, autocast=True)[0] == pytest.approx(expected_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (1, 1, 2), (700, 3), (1600,)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_rows_of_several_lengths_attend_as_they_do_alone_on_the_gpu(
+    adapted: Any, lengths: tuple[int, ...], precision: str
+) -> None:
+    import torch
+
+    device, dtype = torch.device("cuda", 0), getattr(torch, precision)
+    plan = fused.plan_rows([[length] for length in lengths], dtype, device)
+    kernel = fused._varlen_options() is not None and precision == "bfloat16"
+    assert (plan.starts is not None) == kernel
+    assert not any(mask is not None for mask in plan.masks)
+    chance = torch.Generator(device).manual_seed(0)
+    shape = sum(lengths), 32
+    q, k, v = (torch.randn(h, *shape, device=device, generator=chance).to(dtype).requires_grad_() for h in (6, 2, 2))
+    found = fused.attend(q, k, v, plan, 0.2)
+    pull = torch.randn(found.shape, device=device, generator=chance).to(dtype)
+    results = [found.detach(), *torch.autograd.grad(found, (q, k, v), pull)]
+    # The truth: each row alone, in float64.
+    wide = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    alone = []
+    for row in zip(*(each.split(lengths, 1) for each in wide), strict=True):
+        key, value = (each.repeat_interleave(3, 0) for each in row[1:])
+        later = torch.ones(len(key[0]), len(key[0]), device=device).triu(1).bool()
+        scores = (row[0] @ key.transpose(1, 2) * 0.2).masked_fill(later, -torch.inf)
+        alone.append((scores.softmax(-1) @ value).transpose(0, 1))
+    truth = torch.cat(alone)
+    expected = [truth.detach(), *torch.autograd.grad(truth, wide, pull.double())]
+    for one, other in zip(results, expected, strict=True):
+        # Against 1 for gradients that are zero: of a lone token's query and key.
+        assert (one - other).norm() < (2e-2 if kernel else 1e-2) * other.norm().clamp(min=1)
+
+
+def test_nothing_leaves_a_mask_or_a_filler_on_the_gpu(adapted: Any) -> None:
+    import torch
+
+    masks: list[Any] = []
+    (batch,) = split_batch(draw_rows(LENGTHS), 2048, on_cpu=False)
+    assert batch.input_ids.shape[1] == batch.tokens == sum(LENGTHS)
+    with opened(adapted) as fast, torch.no_grad():
+        hook = fast.backbone.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, arguments, named: masks.append(named["attention_mask"]), with_kwargs=True
+        )
+        fast.loss_sum(batch)
+        hook.remove()
+    assert masks == [None]
+
+
+def test_a_row_on_the_gpu_learns_the_same_whatever_its_neighbours(adapted: Any) -> None:
+    row, neighbours = draw_row(40, seed=5, turns=2), [unlearned(each) for each in draw_rows((230, 45, 8), seed=6)]
+    with opened(adapted) as fast:
+        alone_loss, alone = quick(fast, [row])
+        loss, found = quick(fast, [*neighbours, row])
+    assert loss == pytest.approx(alone_loss, rel=2e-3)
+    assert distance(found, alone) < 2e-2
+
+
+def test_checkpointed_activations_give_the_same_gradients_on_the_gpu(adapted: Any) -> None:
+    rows = draw_rows(LENGTHS)
+    with opened(adapted) as fast:
+        loss, before = quick(fast, rows, 300)
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        again, after = quick(fast, rows, 300)
+        adapted.gradient_checkpointing_disable()
+    assert again == pytest.approx(loss, rel=1e-4)
+    assert distance(after, before) < 5e-3
+    assert not any(gradient is not None for gradient in take_gradients(adapted).values())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_a_few_steps_on_the_gpu_train_as_the_plain_way_does(tmp_path: Path, dtype: str) -> None:
+    found = {}
+    for fast in ("true", "false"):
+        changes = {"run_name": fast, "fast": fast, "dtype": dtype, "learning_rate": 1e-4, "max_steps": 8}
+        config = settings(runs_dir=str(tmp_path), heldout_share=0, **changes)
+        run = new_run(config)
+        training.train(config, run, prepare(config))
+        assert run.read_state()["path"] == ("fast" if fast == "true" else "plain")
+        found[fast] = losses(run)
+    assert len(found["true"]) == 8
+    assert found["true"][-1] < found["true"][0]
+    assert found["true"] == pytest.approx(found["false"], rel=2e-2)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import settings
 
+from qlora_tune import model as models
 from qlora_tune import train as training
 from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, MemoryLimitError, RunError
@@ -44,9 +45,10 @@ def fit(config: Any) -> tuple[Run, Any]:
     return run, training.train(config, run, prepare(config))
 
 
-def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path, fast: str) -> None:
     # The last weights, not the best: after the first step lora_A has not moved yet, as lora_B was zero.
-    config = short(tmp_path, learning_rate="2e-5", warmup_ratio="0", load_best_model_at_end="false")
+    config = short(tmp_path, learning_rate="2e-5", warmup_ratio="0", load_best_model_at_end="false", fast=fast)
     setup = prepare(config)
     fresh = attach_adapter(
         load_base(setup.base, setup.device, setup.precision, quantization_of(config)),
@@ -60,7 +62,7 @@ def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path) -> Non
     during: list[set[torch.dtype]] = []
     run = new_run(config)
     holder: dict[str, Any] = {}
-    keep = training.models.keep_adapter_in_fp32
+    keep = models.keep_adapter_in_fp32
 
     def watch(model: Any) -> None:
         keep(model)
@@ -70,7 +72,7 @@ def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path) -> Non
         during.append({p.dtype for p in holder["model"].parameters() if p.requires_grad})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.models, "keep_adapter_in_fp32", watch)
+        patch.setattr(models, "keep_adapter_in_fp32", watch)
         result = training.train(config, run, setup, on_metrics=look)
     assert during
     assert all(dtypes == {torch.float32} for dtypes in during)
@@ -203,6 +205,8 @@ def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
         {"activation_checkpointing": "on", "lr_scheduler_type": "constant_with_warmup"},
         {"load_in_4bit": False, "dtype": "float32"},
         {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        {"fast": "false", "neftune_noise_alpha": "5", "lora_dropout": "0.1", "activation_checkpointing": "on"},
+        {"fast": "false", "use_dora": True},
     ],
 )
 def test_every_option_trains_and_its_adapter_loads_again(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -256,18 +260,21 @@ def test_a_full_device_says_what_to_change(tmp_path: Path) -> None:
     config = short(tmp_path)
     run = new_run(config)
 
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_fit", full)
+        patch.setattr(training, "build_trainer", full)
         with pytest.raises(MemoryLimitError, match="--per-device-train-batch-size 1 --gradient-accumulation-steps 4"):
             training.train(config, run, prepare(config))
     assert run.read_state()["status"] == "failed"
 
 
-def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(tmp_path: Path) -> None:
-    common = {"max_steps": "16", "eval_steps": "4", "lora_dropout": "0.1", "neftune_noise_alpha": "5"}
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": "0.1", "fast": "false"}], ids=str)
+def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(
+    tmp_path: Path, changes: dict[str, str]
+) -> None:
+    common = {"max_steps": "16", "eval_steps": "4", "neftune_noise_alpha": "5", **changes}
     whole, _ = fit(short(tmp_path, run_name="whole", **common))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
     command = [sys.executable, "-m", "qlora_tune", "train"]

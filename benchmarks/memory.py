@@ -1,0 +1,119 @@
+"""Peak memory of training on a CPU, estimated before anything is loaded and measured afterwards.
+
+    python benchmarks/memory.py
+
+24 combinations of shape, length of the longest row, rows of a micro-batch, rank and activation checkpointing, each
+trained for two steps of four micro-batches in a fresh process. Half of the rows have full length. The libraries'
+constant is the peak of a base of next to nothing. Prints markdown; the last column is the estimate against the measured
+peak, the constant taken off both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from throughput import SHAPES, build_base, train_ours
+
+ACCUMULATION, STEPS = 4, 2
+TINY = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+COMBINATIONS = [
+    *(("7M", 256, 4, 16, False), ("7M", 256, 16, 64, False), ("7M", 512, 4, 16, True), ("7M", 512, 2, 64, False)),
+    *(("7M", 1024, 1, 16, False), ("7M", 1024, 2, 16, True), ("7M", 1024, 2, 64, False), ("7M", 1536, 1, 8, False)),
+    *(("30M", 256, 4, 16, False), ("30M", 256, 8, 64, False), ("30M", 512, 4, 16, False), ("30M", 512, 4, 16, True)),
+    *(("30M", 1024, 1, 64, True), ("30M", 1024, 2, 16, False), ("30M", 1024, 2, 64, True), ("30M", 2000, 1, 16, False)),
+    *(
+        ("135M", 256, 1, 16, False),
+        ("135M", 256, 4, 16, False),
+        ("135M", 256, 8, 64, False),
+        ("135M", 512, 2, 16, True),
+    ),
+    *(
+        ("135M", 512, 4, 8, False),
+        ("135M", 1024, 1, 16, False),
+        ("135M", 1024, 2, 64, True),
+        ("135M", 2000, 1, 16, True),
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the figures go, besides the table")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)  # a folder and a combination: what a child does
+    args = parser.parse_args()
+    if args.one:
+        folder, length, rows, rank, checkpointing = Path(args.one[0]), *map(int, args.one[1:])
+        print("FIGURES " + json.dumps(measure(folder, length, rows, rank, bool(checkpointing))))
+        return
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        SHAPES["tiny"] = TINY
+        for shape in ("tiny", "7M", "30M", "135M"):
+            build_base(Path(scratch) / shape, shape)
+        constant = run(Path(scratch) / "tiny", 64, 1, 8, False)
+        print(
+            f"libraries' constant: {constant['measured'] / 1e9:.3f} GB, taken as {constant['constant'] / 1e9:.3f} GB\n"
+        )
+        print("| base | longest row | rows | rank | checkpointing | measured | estimated | without libraries |")
+        print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+        for shape, length, rows, rank, checkpointing in COMBINATIONS:
+            figures = run(Path(scratch) / shape, length, rows, rank, checkpointing)
+            figures["estimated"] = sum(figures["parts"].values())
+            ratio = (figures["estimated"] - figures["constant"]) / (figures["measured"] - constant["measured"])
+            print(
+                f"| {shape} | {length} | {rows} | {rank} | {'on' if checkpointing else 'off'} "
+                f"| {figures['measured'] / 1e9:.2f} GB | {figures['estimated'] / 1e9:.2f} GB | {ratio:.2f} |",
+                flush=True,
+            )
+            found.append({"shape": shape, "length": length, "rows": rows, "rank": rank, "ratio": ratio, **figures})
+    ratios = [entry["ratio"] for entry in found]
+    print(f"\n{sum(abs(ratio - 1) <= 0.1 for ratio in ratios)} of {len(ratios)} within 10 %")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) -> dict[str, Any]:
+    """One combination in a fresh process."""
+    numbers = [str(number) for number in (length, rows, rank, int(checkpointing))]
+    command = [sys.executable, __file__, "--one", str(folder), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{folder.name} {numbers} failed:\n{done.stderr[-4000:]}")
+    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("FIGURES "))
+    return figures
+
+
+def measure(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) -> dict[str, Any]:
+    """Train two steps in this process. Returns the measured peak, the estimated one and its parts [bytes]."""
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    chance = random.Random(0)
+    data = []
+    for number in range(rows * ACCUMULATION * STEPS):
+        size = length if number % 2 == 0 else chance.randint(length // 4, length)
+        ids = chance.choices(range(2, vocabulary), k=size)
+        data.append({"input_ids": ids, "labels": [-100] * (size // 2) + ids[size // 2 :]})
+    flags = {
+        "lora_r": rank,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "activation_checkpointing": "on" if checkpointing else "off",
+        "max_length": length,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        train_ours("ours", folder, data, STEPS, Path(scratch), flags)
+        state = json.loads(next(Path(scratch).glob("*/state.json")).read_text())
+    from qlora_tune.memory import CPU_LIBRARIES
+
+    return {"measured": state["peak_bytes"], "constant": CPU_LIBRARIES, "parts": state["estimated_parts"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""The fast path of training: the same mathematics as TRL's plain way, in fewer passes.
+
+Station between the tokenized rows and the trainer. Rows are laid end to end without padding and attend only to
+themselves; the loss is computed on learned positions only, in chunks; layers that are known save passes over memory
+(fused.py). Each piece is first compared with the stock one on this very model, and left out where it differs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from qlora_tune.chat_format import IGNORED
+
+ATTENTION = "qlora_tune_rows"  # the name of its attention in Transformers' table
+# Relative difference of results up to which a piece counts as the same; bfloat16 rounds to one part in 256.
+SAME = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
+
+
+# Settings of models whose attention or head does what the fast path's does not.
+UNKNOWN = (
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
+)
+# On a CPU short rows attend together, masked from each other, until so many tokens: fewer and larger products.
+TOGETHER = 192
+# What attends together, and a whole micro-batch, are filled up to multiples of these [tokens] on a CPU: oneDNN makes a
+# kernel for every new shape, which took a fifth of a step and 0.3 GB (docs/log.md).
+BLOCK_ROUND, BATCH_ROUND = 16, 128
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows laid end to end: n tokens, of which m are followed by a learned one."""
+
+    input_ids: Any  # [1, n]
+    position_ids: Any  # [1, n], from 0 in each row
+    blocks: list[list[int]]  # lengths of the rows that attend in one product, fillers among them; sum n
+    learned: Any  # [m] positions
+    targets: Any  # [m] the tokens to predict there
+    tokens: int  # without fillers
+
+
+def split_batch(rows: Sequence[dict[str, list[int]]], max_tokens: int, on_cpu: bool) -> list[MicroBatch]:
+    """Lay the rows of an effective batch out as micro-batches of up to max_tokens, rows of similar length together.
+
+    A row that is longer gets a micro-batch of its own.
+    """
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    groups: list[list[dict[str, list[int]]]] = []
+    room = 0
+    for row in ordered:
+        length = len(row["input_ids"])
+        if length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(row)
+        room -= length
+    return [_lay_out(group, on_cpu) for group in groups]
+
+
+def _lay_out(rows: Sequence[dict[str, list[int]]], on_cpu: bool) -> MicroBatch:
+    """Lay rows end to end; on a CPU in blocks, with fillers that nothing is learned from."""
+    import torch
+
+    blocks: list[list[dict[str, list[int]]]] = []
+    for row in rows:
+        if on_cpu and blocks and sum(len(r["input_ids"]) for r in [*blocks[-1], row]) <= TOGETHER:
+            blocks[-1].append(row)
+        else:
+            blocks.append([row])
+    if on_cpu:
+        for block in blocks:
+            _fill(block, BLOCK_ROUND)
+        blocks.append([])
+        _fill(blocks[-1], BATCH_ROUND, sum(len(row["input_ids"]) for block in blocks for row in block))
+    laid = [row for block in blocks for row in block]
+    following = torch.tensor([label for row in laid for label in [*row["labels"][1:], IGNORED]])
+    learned = (following != IGNORED).nonzero().squeeze(1)
+    return MicroBatch(
+        torch.tensor([[token for row in laid for token in row["input_ids"]]]),
+        torch.cat([torch.arange(len(row["input_ids"])) for row in laid]).unsqueeze(0),
+        [[len(row["input_ids"]) for row in block] for block in blocks if block],
+        learned,
+        following[learned],
+        sum(len(row["input_ids"]) for row in rows),
+    )
+
+
+def _fill(block: list[dict[str, list[int]]], multiple: int, already: int = 0) -> None:
+    """Append a filler, so that the block's length, or what is there already, becomes a multiple."""
+    missing = -(already or sum(len(row["input_ids"]) for row in block)) % multiple
+    if missing:
+        block.append({"input_ids": [0] * missing, "labels": [IGNORED] * missing})
+
+
+class FastModel:
+    """A model with an adapter, as the fast path runs it. `fast_path` makes it."""
+
+    def __init__(self, model: Any, neftune_noise_alpha: float | None = None) -> None:
+        self.model = model
+        self.backbone = model.get_base_model().base_model
+        self.embeddings = model.get_input_embeddings()
+        self.noise = neftune_noise_alpha
+        self._rows: Any = None
+
+    def loss_sum(self, batch: MicroBatch) -> Any:
+        """Sum over the learned tokens of their negative log-likelihoods, float32 [nats]."""
+        from qlora_tune import fused
+
+        weight, head = self.embeddings.weight, self.model.get_output_embeddings().weight
+        embedded = self.embeddings(batch.input_ids.to(weight.device))
+        if self.noise and self.backbone.training:
+            embedded = embedded + _noise(self.noise, embedded, batch.blocks)
+        self._rows = fused.plan_rows(batch.blocks, embedded.dtype, weight.device)
+        positions = batch.position_ids.to(weight.device)
+        hidden = self.backbone(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state[0]
+        learned = hidden.index_select(0, batch.learned.to(weight.device))
+        return fused.CrossEntropy.apply(learned, head, batch.targets.to(weight.device))
+
+    def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+        """Attention as Transformers calls it: query [1, heads, n, d], key and value alike, to [1, n, heads, d]."""
+        from qlora_tune import fused
+
+        return fused.attend(query[0], key[0], value[0], self._rows, scaling).unsqueeze(0), None
+
+
+@contextmanager
+def fast_path(
+    model: Any, *, longest: int, keep_weights: bool, neftune_noise_alpha: float | None = None
+) -> Iterator[FastModel | None]:
+    """Put the fast parts in place while the block runs; None, and nothing in place, where the loss would differ.
+
+    `longest` is the longest row [tokens]. With `keep_weights`, 4-bit weights are dequantized once for all.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    inner = model.get_base_model()
+    fast = FastModel(model, neftune_noise_alpha)
+    with ExitStack() as stack:
+        usable = _rows_may_touch(inner.config.get_text_config(), longest)
+        # The loss has no place for a bias, whose effect on the sample's loss may be too small to be seen.
+        usable = usable and getattr(model.get_output_embeddings(), "bias", None) is None
+        if usable:
+            sample = _sample(inner)
+            expected = _stock_loss(inner, sample)
+            ALL_ATTENTION_FUNCTIONS[ATTENTION] = fast.attend
+            stack.callback(ALL_ATTENTION_FUNCTIONS.pop, ATTENTION)  # it would keep the model in memory
+            stack.callback(inner.set_attn_implementation, inner.config._attn_implementation)
+            inner.set_attn_implementation(ATTENTION)
+            for module, forward in _replacements(model, keep_weights):
+                stack.enter_context(patch.object(module, "forward", forward))
+            for place in _rotating(inner):
+                stack.enter_context(patch.object(place, "apply_rotary_pos_emb", _rotate(place.apply_rotary_pos_emb)))
+            usable = _is_same(expected, _fast_loss(fast, sample), inner.dtype)
+        if not usable:
+            stack.close()
+        yield fast if usable else None
+
+
+def _noise(alpha: float, embedded: Any, blocks: Sequence[Sequence[int]]) -> Any:
+    """NEFTune's uniform noise (arXiv 2310.05914): the longer a row, the smaller."""
+    import torch
+
+    lengths = [length for block in blocks for length in block]
+    sizes = [alpha / math.sqrt(length * embedded.shape[-1]) for length in lengths for _ in range(length)]
+    scale = torch.tensor(sizes, dtype=embedded.dtype, device=embedded.device).unsqueeze(-1)
+    return torch.empty_like(embedded).uniform_(-1, 1).mul_(scale)
+
+
+def _rows_may_touch(config: Any, longest: int) -> bool:
+    """Whether a model's layers keep rows that lie end to end apart: all attend to everything before, and only that."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    known = {"full_attention", "sliding_attention"} if window is None or window >= longest else {"full_attention"}
+    windowed = window is not None and window < longest and getattr(config, "use_sliding_window", True)
+    return kinds <= known and not windowed and not any(getattr(config, name, None) for name in UNKNOWN)
+
+
+def _replacements(model: Any, keep_weights: bool) -> list[tuple[Any, Callable[..., Any]]]:
+    """The modules that a fused function stands in for, each with its new forward."""
+    from torch.nn import SiLU
+
+    from qlora_tune import fused
+
+    # The linear layers inside an adapter's are reached through it.
+    inside = {module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")}
+    outside = [module for module in model.modules() if module not in inside]
+    projections = {module: found for module in outside if (found := _projection(module, keep_weights))}
+    replaced: list[tuple[Any, Callable[..., Any]]] = []
+    for module in outside:
+        if projection := projections.get(module):
+            replaced.append((module, partial(_linear, fused.Linear.apply, projection)))
+        elif type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
+            replaced.append((module, partial(_norm, fused.RMSNorm.apply, module)))
+        else:
+            parts = [projections.get(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")]
+            act = getattr(module, "act_fn", None)
+            if all(parts) and (isinstance(act, SiLU) or type(act).__name__ == "SiLUActivation"):
+                replaced.append((module, partial(_swiglu, fused.SwiGLU.apply, parts)))
+    return replaced
+
+
+def _linear(apply: Callable[..., Any], projection: Any, x: Any, *_: Any, **__: Any) -> Any:
+    return apply(x, *projection.matrices(), projection)
+
+
+def _swiglu(apply: Callable[..., Any], projections: Sequence[Any], x: Any) -> Any:
+    return apply(x, projections, *(matrix for each in projections for matrix in each.matrices()))
+
+
+def _norm(apply: Callable[..., Any], norm: Any, x: Any) -> Any:
+    return apply(x, norm.weight, _epsilon(norm))
+
+
+def _projection(module: Any, keep_weights: bool) -> Any:
+    """A linear layer as a fused function takes it, with its adapter; None where it is none, or does more than that."""
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    from qlora_tune.fused import Projection
+
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if not isinstance(base, Linear4bit) and type(base) is not nn.Linear:
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    if not isinstance(module, LoraLayer):
+        return Projection(_weight_of(base, keep_weights), base.bias) if isinstance(base, Linear4bit) else None
+    name = module.active_adapters[0]
+    plain = (
+        len(module.active_adapters) == 1
+        and not module.merged
+        and name in module.lora_A
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and not getattr(module, "lora_variant", {}).get(name)
+        and module.lora_A[name].bias is None
+        and module.lora_B[name].bias is None
+    )
+    if not plain:
+        return None
+
+    def matrices() -> tuple[Any, Any]:
+        if module.disable_adapters:
+            return None, None
+        return module.lora_A[name].weight, module.lora_B[name].weight
+
+    return Projection(_weight_of(base, keep_weights), base.bias, matrices, module.scaling[name])
+
+
+def _weight_of(linear: Any, keep: bool) -> Callable[[], Any]:
+    """What gives a linear layer's weight in the compute precision."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return lambda: linear.weight
+    if keep:
+        kept = dequantize_4bit(linear.weight, state).detach()
+        return lambda: kept
+    return lambda: dequantize_4bit(linear.weight, state)
+
+
+def _epsilon(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Whether a norm of this name is x / rms(x) * weight, with a weight that is not trained."""
+    import torch
+
+    from qlora_tune.fused import RMSNorm
+
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dim() != 1 or weight.requires_grad:
+        return False
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        return _is_same(norm(x), RMSNorm.apply(x, weight, _epsilon(norm)))
+
+
+def _rotating(inner: Any) -> list[Any]:
+    """The Python modules of a model's layers that hold a function for rotary position embeddings."""
+    homes = {type(module).__module__ for module in inner.modules()}
+    return [sys.modules[name] for name in sorted(homes) if hasattr(sys.modules[name], "apply_rotary_pos_emb")]
+
+
+def _rotate(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Rotary position embeddings in fewer passes, where they are the usual ones on all of a head."""
+    import torch
+
+    from qlora_tune.fused import Rotate
+
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **named: Any) -> Any:
+        if rest or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
+            return stock(q, k, cos, sin, *rest, **named)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    chance = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, generator=chance) for heads in (4, 2))
+    half = torch.randn(1, 5, 4, generator=chance)
+    cos, sin = (torch.cat([wave, wave], -1) for wave in (half.cos(), half.sin()))
+    try:
+        same = all(_is_same(a, b) for a, b in zip(stock(q, k, cos, sin), rotate(q, k, cos, sin), strict=True))
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments: another kind of embedding
+        same = False
+    return rotate if same else stock
+
+
+def _sample(inner: Any) -> MicroBatch:
+    """Three short rows to compare losses on."""
+    import torch
+
+    chance = torch.Generator().manual_seed(0)
+    words = inner.get_input_embeddings().weight.shape[0]
+    drawn = [torch.randint(words, (length,), generator=chance).tolist() for length in (23, 9, 5)]
+    return _lay_out([{"input_ids": ids, "labels": ids} for ids in drawn], on_cpu=False)
+
+
+def _stock_loss(inner: Any, sample: MicroBatch) -> Any:
+    """The sample's loss by the model's own forward, row by row."""
+    import torch
+
+    total = torch.zeros(())
+    with _still(inner):
+        for row in sample.input_ids[0].split([length for block in sample.blocks for length in block]):
+            ids = row.to(inner.get_input_embeddings().weight.device)
+            logits = inner(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").cpu()
+    return total
+
+
+def _fast_loss(fast: FastModel, sample: MicroBatch) -> Any:
+    with _still(fast.model):
+        return fast.loss_sum(sample).cpu()
+
+
+@contextmanager
+def _still(model: Any) -> Iterator[None]:
+    """Neither gradients nor chance, which would make two losses differ: dropout, noise on embeddings."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _is_same(one: Any, other: Any, computed_in: Any = None) -> bool:
+    """Whether two results agree to the rounding of the precision that they were computed in, by default their own."""
+    import torch
+
+    tolerance = SAME[str(computed_in or one.dtype).removeprefix("torch.")]
+    distance = torch.linalg.vector_norm((one - other).float())
+    return bool(distance <= tolerance * torch.linalg.vector_norm(one.float()))

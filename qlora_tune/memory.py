@@ -1,0 +1,370 @@
+"""What memory training will take, said before anything is loaded, and the settings by which it fits.
+
+Station before training: the card beside Start shows it, and train.py runs by it. Reads a base's config.json, and the
+headers of its safetensors where they are here; never a weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from qlora_tune.base import BaseModel, read_header
+from qlora_tune.config import TrainConfig
+from qlora_tune.model import Device, Precision, is_named, unknown_names
+from qlora_tune.prepare import PAD_TO, SHORT_ROWS, optimizer_of
+
+# The fast path's shape of work, as fused.py and fast.py have it [tokens, words].
+FAST_HEAD_TOKENS, FAST_HEAD_WORDS, BLOCK, LONGEST_PLAIN, BATCH_ROUND = 512, 4096, 256, 1536, 128
+CPU_TOKENS = 2048  # a CPU gains little from larger micro-batches: 4,096 were 5 % faster for 0.3 GB more
+GPU_TOKENS = 8192
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
+
+# Measured, or fitted to the peaks that estimate_memory names [bytes].
+CPU_LIBRARIES = 600_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
+CUDA_LIBRARIES = 600_000_000  # CUDA context and workspaces; DESIGN section 5, not measured here
+TILE_COPIES = 8.6  # float32 copies of a tile of logits while its gradient is made without Triton
+HEAP_COPIES, HEAP_LIMIT = 17, 540_000_000  # of tiles below 32 MiB, which glibc's heap keeps; model._keep_freed_memory
+# oneDNN's kernels for each padded length beyond those of the first steps; seen for up to 14 lengths.
+KERNELS, KERNELS_AT_FIRST, KERNELS_AT_MOST = 70_000_000, 6, 14
+SLACK = {2: 1.3, 4: 1.6}  # of plain activations, by bytes of a number: temporary copies, and what the allocator keeps
+
+# bytes of optimizer state per adapter parameter, beside 4 of the weight and 4 of its gradient
+OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "adafactor": 1}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a run holds when it holds most, by part in plain words."""
+
+    parts: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """A base model's sizes [numbers of weights or units]."""
+
+    linear: dict[str, tuple[int, int]]  # the layers' 2-D weights by module name
+    other: int  # parameters that stay unquantized: embeddings, head, norms, biases
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    query: int  # width of all query heads
+    key_value: int  # width of all key, or value, heads
+    vocabulary: int
+
+    @property
+    def in_layers(self) -> int:
+        return sum(rows * columns for rows, columns in self.linear.values())
+
+
+@lru_cache(maxsize=4)
+def read_shape(base: BaseModel) -> BaseShape:
+    """Read a base's sizes from its config.json and the headers of its safetensors; what one lacks the other tells.
+
+    Of a base whose weights are not here yet, config.json alone tells: the model is built without memory.
+    """
+    config = base.read_config()
+    tensors = dict(_read_headers(base) if any(base.path.glob("*.safetensors")) else _build_empty(base))
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    inside = {name: shape for name, shape in tensors.items() if re.search(r"\.\d+\.", name)}
+    linear = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in inside.items() if len(s) == 2}
+    outside = [(s[0], s[1]) for name, s in tensors.items() if name not in inside and len(s) == 2]
+    words, width = max(outside, key=math.prod, default=(0, 0))
+    hidden = _number(config, "hidden_size", "n_embd", "d_model") or width
+    heads = _number(config, "num_attention_heads", "n_head") or max(1, hidden // 64)
+    head = _number(config, "head_dim") or hidden // heads
+    return BaseShape(
+        linear=linear,
+        other=sum(math.prod(s) for s in tensors.values()) - sum(math.prod(s) for s in linear.values()),
+        layers=len({match[1] for name in linear if (match := re.search(r"\.(\d+)\.", name))})
+        or _number(config, "num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        mlp=_number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+        heads=heads,
+        query=heads * head,
+        key_value=(_number(config, "num_key_value_heads") or heads) * head,
+        vocabulary=_number(config, "vocab_size") or words,
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run uses memory: settings that change its speed and its peak, and nothing of what is learned."""
+
+    max_tokens: int  # of a micro-batch on the fast path
+    checkpointing: bool  # recompute activations in the backward pass
+    keep_weights: bool  # hold 4-bit weights dequantized as well
+
+    def describe(self) -> str:
+        """In words, for the card and the log."""
+        words = f"micro-batches of up to {self.max_tokens:,} tokens"
+        if self.keep_weights:
+            words += ", weights kept dequantized"
+        return words + (", activations recomputed" if self.checkpointing else "")
+
+
+def possible_fits(config: TrainConfig, device: Device, longest: int) -> list[Fit]:
+    """The fits to try, the fastest first: each takes less memory than the one before it."""
+    asked = config.per_device_train_batch_size * longest
+    effective = asked * config.gradient_accumulation_steps
+    usual = min(asked, CPU_TOKENS) if device.kind == "cpu" else max(asked, min(effective, GPU_TOKENS))
+    sizes = [max(longest, usual)]
+    while sizes[-1] > longest:
+        sizes.append(max(longest, sizes[-1] // 2))
+    wanted = config.activation_checkpointing
+    fits = [] if wanted == "on" else [Fit(sizes[0], False, True), *(Fit(size, False, False) for size in sizes)]
+    return fits + ([] if wanted == "off" else [Fit(size, True, False) for size in sizes])
+
+
+def choose_fit(
+    base: BaseModel,
+    config: TrainConfig,
+    device: Device,
+    precision: Precision,
+    lengths: Sequence[int],
+    free_bytes: int,
+    learned_share: float = 0.5,
+) -> tuple[Fit, MemoryEstimate]:
+    """The fastest fit whose estimated peak is within free_bytes, or the smallest there is; and its estimate."""
+    tried = []
+    for fit in possible_fits(config, device, max(lengths)):
+        memory = estimate_memory(base, config, device, precision, lengths, learned_share, fit)
+        if memory.peak_bytes <= free_bytes:
+            return fit, memory
+        tried.append((fit, memory))
+    return min(tried, key=lambda each: each[1].peak_bytes)
+
+
+def estimate_memory(
+    base: BaseModel,
+    config: TrainConfig,
+    device: Device,
+    precision: Precision,
+    lengths: Sequence[int],
+    learned_share: float = 0.5,
+    fit: Fit | None = None,
+) -> MemoryEstimate:
+    """Estimate the peak memory of training: of the GPU, or of the process on a CPU, its libraries included.
+
+    `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
+    default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
+    activations are held follows the functions in fused.py. On a CPU met within 10 % over 24 combinations
+    (benchmarks/memory.py, docs/log.md); the plain way (`fast` off) within 15 % in 19 of 21. Not measured on a GPU.
+    """
+    shape = read_shape(base)
+    on_cpu = device.kind == "cpu"
+    unit = 4 if precision == "float32" else 2
+    fit = fit or possible_fits(config, device, max(lengths))[0]
+    adapted = _adapted(shape, config)
+    parts = _weight_bytes(shape, config, unit)
+    parts["adapter and optimizer"] = _adapter_parameters(adapted, config) * _adapter_bytes(config, device)
+    if config.fast:
+        parts |= _fast_bytes(shape, config, fit, lengths, learned_share, unit, on_cpu)
+    else:
+        parts |= _plain_bytes(shape, config, fit, max(lengths), learned_share, unit, on_cpu)
+    parts["libraries"] = CPU_LIBRARIES if on_cpu else CUDA_LIBRARIES
+    return MemoryEstimate(parts)
+
+
+def _fast_bytes(
+    shape: BaseShape,
+    config: TrainConfig,
+    fit: Fit,
+    lengths: Sequence[int],
+    learned_share: float,
+    unit: int,
+    on_cpu: bool,
+) -> dict[str, int]:
+    """What the fast path holds for its largest micro-batch: the longest rows, as many as fit."""
+    rows = _longest_rows(config, fit.max_tokens, lengths)
+    tokens = sum(rows)
+    if on_cpu:
+        tokens = math.ceil(tokens / BATCH_ROUND) * BATCH_ROUND
+    adapted = _adapted(shape, config)
+    inner = unit * config.lora_r * len(adapted) / max(1, shape.layers)
+    layer = tokens * (unit * (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.mlp) + 8 + inner)
+    if on_cpu:
+        layer += unit * shape.heads * sum(map(_scores, rows))
+    else:
+        layer += tokens * (unit * 2 * (shape.query - shape.key_value) + 4 * shape.heads)
+    held = layer + shape.layers * tokens * unit * shape.hidden if fit.checkpointing else shape.layers * layer
+    transient = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
+    learned = int(tokens * learned_share)
+    tile = min(FAST_HEAD_TOKENS, learned) * min(FAST_HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
+    head = tile + learned * shape.hidden * (2 * unit + 8)
+    parts = {
+        "activations": int(held + 2 * tokens * unit * shape.hidden),
+        "temporary copies and loss head": int(max(transient, head)),
+        "adapter in compute precision": _adapter_parameters(adapted, config) * unit,
+    }
+    if fit.keep_weights and config.load_in_4bit:
+        parts["weights kept dequantized"] = shape.in_layers * unit
+    return parts
+
+
+def _longest_rows(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> list[int]:
+    """Lengths of the largest micro-batch that these rows can make."""
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True)[:effective]:
+        if rows and sum(rows) + length > max_tokens:
+            break
+        rows.append(length)
+    return rows
+
+
+def _scores(length: int) -> int:
+    """Attention's scores that a row keeps per head on a CPU."""
+    if length > LONGEST_PLAIN:
+        return 0
+    if length <= 2 * BLOCK:
+        return length * length
+    ends = [*range(BLOCK, length, BLOCK), length]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _plain_bytes(
+    shape: BaseShape, config: TrainConfig, fit: Fit, longest: int, learned_share: float, unit: int, on_cpu: bool
+) -> dict[str, int]:
+    """What the plain way holds: padded rows, full attention scores, TRL's loss head."""
+    padded = math.ceil(longest / PAD_TO) * PAD_TO if on_cpu else longest
+    tokens = config.per_device_train_batch_size * padded
+    parts = {
+        "activations": int(tokens * _activation_bytes(shape, config, fit.checkpointing, on_cpu, unit, longest)),
+        "loss head": _head_bytes(shape, int(tokens * learned_share), on_cpu, unit),
+        "adapter in compute precision": _adapter_parameters(_adapted(shape, config), config) * (2 if unit == 2 else 0),
+    }
+    if on_cpu:
+        parts["kernels by row length"] = _kernel_bytes(config, longest)
+    return parts
+
+
+def free_bytes(device: Device) -> int:
+    """What this process may hold in all: what is free now and what it has already, less a little for others."""
+    import psutil
+    import torch
+
+    if device.kind == "cuda":
+        free = int(torch.cuda.mem_get_info()[0]) + int(torch.cuda.memory_reserved())
+    else:
+        free = int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+    return int(free * 0.95)
+
+
+def peak_bytes(device: Device) -> int:
+    """The most that this process has held: allocated on a GPU, resident on a CPU."""
+    import resource
+
+    import torch
+
+    if device.kind == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _read_headers(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
+    """Each tensor's name and shape."""
+    for file in sorted(base.path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = read_header(stream)[1]
+        yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _build_empty(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
+    """Each tensor's name and shape, of a model on torch's meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    yield from ((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these entries that is a number; 0 where none is."""
+    found = (config.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 0)
+
+
+def _weight_bytes(shape: BaseShape, config: TrainConfig, unit: int) -> dict[str, int]:
+    """The base's bytes by part."""
+    if not config.load_in_4bit:
+        return {"base": (shape.in_layers + shape.other) * unit}
+    quantized = int(shape.in_layers * (0.516 if config.bnb_4bit_use_double_quant else 0.5625))
+    return {"4-bit base": quantized, "unquantized layers": shape.other * unit}
+
+
+def _adapted(shape: BaseShape, config: TrainConfig) -> list[tuple[int, int]]:
+    """Sizes of the linear layers that get an adapter, by PEFT's rule: the whole name, or its last parts."""
+    names = config.lora_target_modules
+    if names == ["all-linear"]:
+        return list(shape.linear.values())
+    return [size for name, size in shape.linear.items() if any(is_named(name, t) for t in names)]
+
+
+def unknown_targets(base: BaseModel, targets: Sequence[str]) -> list[str]:
+    """Those of lora_target_modules that mean no linear layer of a base."""
+    return [] if list(targets) == ["all-linear"] else unknown_names(targets, read_shape(base).linear)
+
+
+def _adapter_parameters(adapted: Sequence[tuple[int, int]], config: TrainConfig) -> int:
+    return sum(config.lora_r * (rows + columns) + config.use_dora * rows for rows, columns in adapted)
+
+
+def _adapter_bytes(config: TrainConfig, device: Device) -> int:
+    """Bytes per adapter parameter: float32 weight and gradient, and the optimizer's state."""
+    return 8 + OPTIMIZER_BYTES.get(optimizer_of(config, device), 2)
+
+
+def _activation_bytes(
+    shape: BaseShape, config: TrainConfig, checkpointing: bool, on_cpu: bool, unit: int, longest: int
+) -> float:
+    """Bytes that one token holds between forward and backward pass, over all layers.
+
+    A layer keeps two float32 residuals for its norms, three MLP products, queries, keys and values, and the inputs
+    of the adapters. Plain attention also keeps its scores: float32, and once more in 16 bits.
+    """
+    plain = on_cpu and longest <= SHORT_ROWS
+    adapted = _adapted(shape, config)
+    share = len(adapted) / max(1, len(shape.linear))
+    residuals = 8 * shape.hidden
+    mlp = 3 * unit * shape.mlp
+    if plain:
+        attention = 4 * unit * shape.query + shape.heads * longest * (6 if unit == 2 else 4)
+    else:
+        attention = unit * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads
+    lora = share * unit * (2 * shape.hidden + shape.mlp) + unit * config.lora_r * len(adapted) / max(1, shape.layers)
+    layer = residuals + mlp + attention + lora
+    if checkpointing:
+        return SLACK[unit] * (layer + shape.layers * unit * shape.hidden)
+    return SLACK[unit] * shape.layers * layer
+
+
+def _kernel_bytes(config: TrainConfig, longest: int) -> int:
+    """Bytes of the kernels that oneDNN compiles for every padded length that batches can have."""
+    lengths = min(math.ceil(longest / PAD_TO), KERNELS_AT_MOST)
+    if config.max_steps > 0:
+        lengths = min(lengths, config.max_steps)
+    return KERNELS * max(0, lengths - KERNELS_AT_FIRST)
+
+
+def _head_bytes(shape: BaseShape, learned: int, on_cpu: bool, unit: int) -> int:
+    """Bytes of one tile of logits, and on a CPU of the float32 copies that its gradient goes through."""
+    rows, words = min(learned, HEAD_TOKENS), min(shape.vocabulary, HEAD_WORDS)
+    if not on_cpu:
+        return rows * HEAD_WORDS * unit + learned * shape.hidden * 4
+    tile = 4 * rows * words
+    return int(TILE_COPIES * tile + min(HEAP_LIMIT, HEAP_COPIES * tile)) + 4 * (words + learned) * shape.hidden

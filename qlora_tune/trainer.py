@@ -1,0 +1,187 @@
+"""TRL's SFTTrainer as this project uses it: what it is told, and the loss that it computes.
+
+Station between the run's life (train.py) and the fast path. The only module that knows our settings and TRL's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from qlora_tune import model as models
+from qlora_tune.chat_format import IGNORED, TokenizedExample
+from qlora_tune.config import TrainConfig
+from qlora_tune.fast import FastModel, split_batch
+from qlora_tune.prepare import PAD_TO, Setup, optimizer_of
+from qlora_tune.runs import Run
+
+
+def to_sft_config(
+    config: TrainConfig, run: Run, setup: Setup, *, flat: bool = False, checkpointing: bool = False
+) -> Any:
+    """Translate our settings to TRL's: the only place that knows both.
+
+    `flat` lets the data loader yield the whole effective batch, which the fast path splits by tokens.
+    """
+    from trl import SFTConfig
+
+    steps = setup.total_steps(config)
+    every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
+    has_heldout = bool(setup.data.heldout)
+    on_cuda = setup.device.kind == "cuda"
+    rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if flat:
+        rows, accumulation = rows * accumulation, 1
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        max_length=None,  # rows are already whole and short enough; the default would cut them again
+        packing=False,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=rows,
+        # The held-out loss holds logits of the whole batch, as training does: no larger batch fits.
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=optimizer_of(config, setup.device),
+        neftune_noise_alpha=None if flat else config.neftune_noise_alpha,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=setup.precision == "bfloat16",
+        fp16=setup.precision == "float16",
+        use_cpu=not on_cuda,
+        seed=config.seed,
+        eval_strategy="steps" if has_heldout else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=config.load_best_model_at_end and has_heldout,
+        metric_for_best_model="eval_loss" if has_heldout else None,
+        greater_is_better=False if has_heldout else None,
+        pad_to_multiple_of=None if on_cuda else PAD_TO,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show a loss that is not a number as 0.0
+        dataloader_pin_memory=False if flat else on_cuda,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def build_trainer(
+    model: Any,
+    config: TrainConfig,
+    run: Run,
+    setup: Setup,
+    *,
+    fast: FastModel | None = None,
+    max_tokens: int = 0,
+    checkpointing: bool = False,
+) -> Any:
+    """An SFTTrainer over the prepared rows: through the fast path in micro-batches of max_tokens, or the plain way."""
+    import torch
+    from transformers import EarlyStoppingCallback, PrinterCallback
+    from trl import SFTTrainer
+
+    class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Leave no card of empty headings in the checkpoints; export writes the real one."""
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            """Nothing asks for it, and counting goes over all parameters at every step."""
+            return 0
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            if fast is None:
+                return super().training_step(model, inputs, *rest, **named)
+            model.train()
+            batches = inputs["micro_batches"]
+            learned = max(1, sum(len(batch.targets) for batch in batches))
+            total = torch.zeros((), device=self.args.device)
+            for batch in batches:
+                loss = fast.loss_sum(batch) / learned
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            self._total_train_tokens += sum(batch.tokens for batch in batches)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            return total
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            with models.only_learned(self.model, inputs) as fewer:
+                return super().compute_loss(model, fewer, *rest, **named)
+
+        def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+            self.model.eval()
+            sums = [self._loss_sum(inputs) for inputs in self.get_eval_dataloader()]
+            total, tokens = (sum(column) for column in zip(*sums, strict=True))
+            metrics = {f"{metric_key_prefix}_loss": float(total / max(tokens, 1))}
+            self.log(metrics)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+        def _loss_sum(self, inputs: dict[str, Any]) -> tuple[Any, int]:
+            """Sum of the losses of a batch's learned tokens, and how many they are."""
+            with torch.no_grad():
+                if fast is not None:
+                    batches = inputs["micro_batches"]
+                    losses = [fast.loss_sum(batch).double().cpu() for batch in batches]
+                    return sum(losses), sum(len(batch.targets) for batch in batches)
+                learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
+            return loss.double().cpu() * learned, learned
+
+    callbacks = []
+    if config.early_stopping_patience and setup.data.heldout:
+        stopper = EarlyStoppingCallback(config.early_stopping_patience)
+        losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
+        # After a resume it would count from 0 again.
+        stopper.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        callbacks.append(stopper)
+    trainer = MaskedTrainer(
+        model=model,
+        args=to_sft_config(config, run, setup, flat=fast is not None, checkpointing=checkpointing),
+        data_collator=partial(_collate, max_tokens, setup.device.kind == "cpu") if fast else None,
+        train_dataset=_to_dataset(setup.data.train),
+        eval_dataset=_to_dataset(setup.data.heldout) if setup.data.heldout else None,
+        processing_class=setup.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    models.keep_adapter_in_fp32(model)
+    return trainer
+
+
+def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
+    """Keep PEFT from casting inputs to the adapter's float32, where autocast casts them back to the very same values.
+
+    A twelfth of a step on a CPU. Not for DoRA, which computes with those inputs outside of autocast's operations.
+    """
+    from peft.helpers import disable_input_dtype_casting
+
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(model, active=active)
+    return casting
+
+
+def _collate(max_tokens: int, on_cpu: bool, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    return {"micro_batches": split_batch(rows, max_tokens, on_cpu)}
+
+
+def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [sequence.input_ids for sequence in sequences],
+            "labels": [sequence.labels for sequence in sequences],
+        }
+    )
