@@ -47,6 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the figures go, besides the table")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)  # a folder and a combination: what a child does
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--stride", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         folder, length, rows, rank, checkpointing = Path(args.one[0]), *map(int, args.one[1:])
@@ -63,7 +65,7 @@ def main() -> None:
         )
         print("| base | longest row | rows | rank | checkpointing | measured | estimated | without libraries |")
         print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
-        for shape, length, rows, rank, checkpointing in COMBINATIONS:
+        for shape, length, rows, rank, checkpointing in COMBINATIONS[args.start :: args.stride]:
             figures = run(Path(scratch) / shape, length, rows, rank, checkpointing)
             figures["estimated"] = sum(figures["parts"].values())
             ratio = (figures["estimated"] - figures["constant"]) / (figures["measured"] - constant["measured"])

@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 SIDES = ("trl", "trl-grouped", "trl-packed", "ours", "ours-plain", "unsloth")
-EFFECTIVE_ROWS = 16
+EFFECTIVE_ROWS = 8  # TRL's default
 RATE, RANK = 2e-4, 16
 PAD = 0  # a token that no row holds
 SHAPES = {
@@ -44,6 +44,7 @@ SHAPES = {
     "1.7B": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "8B": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
 }
+STEPS = {"7M": 10, "30M": 6, "135M": 4, "0.6B": 12, "1.7B": 12, "8B": 8}
 HEADS = {"tiny": (1, 1), "7M": (4, 2), "30M": (6, 3), "135M": (9, 3), "0.6B": (16, 8), "1.7B": (16, 8), "8B": (32, 8)}
 
 
@@ -52,26 +53,28 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7M", "30M", "135M"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps, of which the first --warmup don't count")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--packed-rounds", type=int, default=2, help="rounds of trl-packed, the slowest of its kind")
+    parser.add_argument("--warmup", type=int, default=1, help="optimizer steps at first that don't count")
     parser.add_argument("--json", type=Path, help="where the figures go, besides the table")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a side and a folder: what a child process does
     args = parser.parse_args()
     if args.one:
-        print("FIGURES " + json.dumps(measure(args.one[0], Path(args.one[1]), args.steps, args.warmup)))
+        print("FIGURES " + json.dumps(measure(args.one[0], Path(args.one[1]), args.warmup)))
         return
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             build_base(Path(folder) / shape, shape)
-            write_rows(Path(folder) / shape / "rows.json", SHAPES[shape]["vocab_size"], args.steps)
+            write_rows(Path(folder) / shape / "rows.json", SHAPES[shape]["vocab_size"], STEPS[shape])
         for turn, shape in itertools.product(range(args.rounds), args.shapes):
             for side in args.sides:
-                figures = run_side(side, Path(folder) / shape, args.steps, args.warmup)
+                if side == "trl-packed" and turn >= args.packed_rounds:
+                    continue
+                figures = run_side(side, Path(folder) / shape, args.warmup)
                 found.append({"shape": shape, "side": side, "round": turn, **figures})
                 print(f"… {shape} {side}: {figures['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                if args.json:
+                    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print_table(found, args.shapes, args.sides)
 
 
@@ -114,9 +117,9 @@ def write_rows(path: Path, vocabulary: int, steps: int) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def run_side(side: str, folder: Path, steps: int, warmup: int) -> dict[str, Any]:
+def run_side(side: str, folder: Path, warmup: int) -> dict[str, Any]:
     """One run of a side in a fresh process."""
-    command = [sys.executable, __file__, "--one", side, str(folder), "--steps", str(steps), "--warmup", str(warmup)]
+    command = [sys.executable, __file__, "--one", side, str(folder), "--warmup", str(warmup)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
@@ -125,12 +128,12 @@ def run_side(side: str, folder: Path, steps: int, warmup: int) -> dict[str, Any]
     return figures
 
 
-def measure(side: str, folder: Path, steps: int, warmup: int) -> dict[str, Any]:
+def measure(side: str, folder: Path, warmup: int) -> dict[str, Any]:
     """Train a few steps in this process. Returns speed, peak memory and the loss of every step."""
     rows = json.loads((folder / "rows.json").read_text())
     train = train_ours if side.startswith("ours") else train_with_trl
     with tempfile.TemporaryDirectory() as scratch:
-        marks = train(side, folder, rows, steps, Path(scratch))
+        marks = train(side, folder, rows, STEPS[folder.name], Path(scratch))
     times, tokens, losses = zip(*marks, strict=True)
     seconds = times[-1] - times[warmup - 1]
     speed = (tokens[-1] - tokens[warmup - 1]) / seconds
@@ -163,8 +166,8 @@ def train_with_trl(
         changes = {"gradient_checkpointing": False, "packing": True, "max_length": 1024}
         changes |= {"per_device_train_batch_size": packed, "gradient_accumulation_steps": 1}
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": EFFECTIVE_ROWS // 8,
+        "per_device_train_batch_size": EFFECTIVE_ROWS,
+        "gradient_accumulation_steps": 1,
         **changes,
     }
     lora: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -251,6 +254,8 @@ def train_ours(
     flags: dict[str, Any] = {
         "preset": "none",
         "model_name_or_path": str(folder),
+        "per_device_train_batch_size": EFFECTIVE_ROWS,
+        "gradient_accumulation_steps": 1,
         "lora_r": RANK,
         "lora_alpha": 2 * RANK,
         "learning_rate": RATE,

@@ -21,9 +21,8 @@ from qlora_tune.turns import Message
 ANSWER_SHARE = 4  # of the context, at most one part in so many is kept free for the answer while turns are left out
 SHORTEST_ANSWER = 16  # [tokens]
 ROUND = 8  # [tokens] after so many, the rows of a batch that have ended leave it
-KEPT_SHARE = (
-    4  # weights stay dequantized while a model answers, where they take at most one part in so many of what is free
-)
+# Dequantized weights are kept while a model answers, where they take at most one part in so many of the free memory.
+KEPT_SHARE = 4
 ONE_THREAD_HIDDEN = 256  # up to this hidden size a second thread makes answers no faster, for nearly twice the CPU time
 
 
@@ -69,6 +68,7 @@ def generate_answers(
 def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
     """The tokens of one batch's answers, through their end of turn. The batch shrinks as answers end."""
     import torch
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     stops = set(stop_ids(chat))
     rows: list[list[int]] = [[] for _ in prompts]
@@ -89,12 +89,13 @@ def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], ma
         kept = [place for place, index in enumerate(going) if not stops & set(rows[index])]
         if not kept or left <= 0:
             return rows
-        cache, mask = (
-            found.past_key_values,
-            torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1]), value=1),
-        )
-        ids = found.sequences
-        if len(kept) < len(going) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+        ids, cache = found.sequences, found.past_key_values  # None of a base that keeps other states
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1]), value=1)
+        # Layers that hold more than keys and values don't leave out rows of all that they hold.
+        if len(kept) < len(going) and {type(layer) for layer in getattr(cache, "layers", [None])} <= {
+            DynamicLayer,
+            DynamicSlidingWindowLayer,
+        }:
             chosen = torch.tensor(kept, device=ids.device)
             cache.batch_select_indices(chosen)
             ids, mask, going = ids[chosen], mask[chosen], [going[place] for place in kept]

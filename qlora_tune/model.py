@@ -129,8 +129,10 @@ def detect_device() -> Device:
 
 
 def free_memory() -> None:
-    """Give memory of models that nobody holds any longer back to the device."""
+    """Give memory that nobody holds any longer back to the device: of models, and what loading left in the heap."""
     gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
 
@@ -191,6 +193,7 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
     _keep_4bit_weights_trainable(model)
     if device.kind == "cpu":
         _let_go_of_file(model)
+        free_memory()
     model.config.use_cache = False
     threads = _all_threads()  # asked before the first change
     torch.set_num_threads(1 if model.config.get_text_config().hidden_size <= ONE_THREAD_HIDDEN else threads)

@@ -173,6 +173,7 @@ def _settle(
             if config.fast and fast is None:
                 on_note("the fast path doesn't know this base's layers: it is trained the plain way")
                 fit, memory = choose(config.model_copy(update={"fast": False}))
+            models.free_memory()
             if fast is None or _fits(model, config, setup, fit, fast):
                 stack.enter_context(attempt.pop_all())
                 run.update_state(fit=asdict(fit), path="fast" if fast else "plain", estimated_parts=memory.parts)
