@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
-from qlora_tune.fast import _weight_of
+from qlora_tune.fast import weight_of
 from qlora_tune.tool_text import Tools
 from qlora_tune.turns import Message
 
@@ -23,7 +23,8 @@ SHORTEST_ANSWER = 16  # [tokens]
 ROUND = 8  # [tokens] after so many, the rows of a batch that have ended leave it
 # Dequantized weights are kept while a model answers, where they take at most one part in so many of the free memory.
 KEPT_SHARE = 4
-ONE_THREAD_HIDDEN = 256  # up to this hidden size a second thread makes answers no faster, for nearly twice the CPU time
+# Up to this hidden size a second thread makes decoding no faster on a CPU, and costs its time.
+ONE_THREAD_HIDDEN = 256
 
 
 def stop_ids(chat: ChatFormat) -> list[int]:
@@ -232,7 +233,7 @@ def _shortcuts(model: Any) -> list[tuple[Any, Callable[..., Any]]]:
     packed = [module for module in modules if _is_packed(module)]
     found: list[tuple[Any, Callable[..., Any]]] = []
     if model.device.type == "cpu" and _fit(packed):
-        found += [(module, partial(_linear, module.forward, module, _weight_of(module, True)())) for module in packed]
+        found += [(module, partial(_linear, module.forward, module, weight_of(module, True)())) for module in packed]
     for module in modules:
         if _is_packed(getattr(module, "base_layer", None)) and (name := _only_adapter(module)):
             found.append((module, partial(_adapted, module.forward, module, name)))

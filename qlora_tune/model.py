@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
@@ -28,8 +28,6 @@ from qlora_tune.errors import ModelError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Precision = Literal["bfloat16", "float16", "float32"]
-# Matrices this small gain nothing from more threads: a second one made training 9 % faster for 30 % more CPU time.
-ONE_THREAD_HIDDEN = 0
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
@@ -77,8 +75,9 @@ def quiet_stack(log_file: Path | None = None) -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TRL_DISABLE_TELEMETRY", "DO_NOT_TRACK", "BITSANDBYTES_NOWELCOME"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP threads that wait by spinning starve each other as soon as another process wants a core: a step took
-    # 15 s instead of 0.6 s beside one busy process. A short spin costs 10 % on an idle machine (docs/log.md).
+    # OpenMP threads that wait by spinning starve each other as soon as another process wants a core: the usual spin
+    # trained at a tenth of the speed beside one busy process. This short one costs 10 % on an idle machine, and a
+    # quarter beside a busy process against the shortest (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -122,7 +121,7 @@ def detect_device() -> Device:
         precision: Precision = "bfloat16" if properties.major >= 8 else "float16"
         return Device("cuda", properties.name, properties.total_memory, precision)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    memory, threads = psutil.virtual_memory().total, _all_threads()
+    memory, threads = psutil.virtual_memory().total, torch.get_num_threads()
     return Device(
         "cpu", f"CPU, {threads} thread{'s' if threads > 1 else ''}", memory, "bfloat16" if fast_bf16 else "float32"
     )
@@ -195,8 +194,6 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
         _let_go_of_file(model)
         free_memory()
     model.config.use_cache = False
-    threads = _all_threads()  # asked before the first change
-    torch.set_num_threads(1 if model.config.get_text_config().hidden_size <= ONE_THREAD_HIDDEN else threads)
     return model
 
 
@@ -205,14 +202,6 @@ def _let_go_of_file(model: Any) -> None:
     for parameter in model.parameters():
         if not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.clone()
-
-
-@cache
-def _all_threads() -> int:
-    """What torch starts with: the machine's cores, or OMP_NUM_THREADS."""
-    import torch
-
-    return int(torch.get_num_threads())
 
 
 def attach_adapter(
