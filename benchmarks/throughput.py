@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -130,6 +129,9 @@ def run_side(side: str, folder: Path, warmup: int) -> dict[str, Any]:
 
 def measure(side: str, folder: Path, warmup: int) -> dict[str, Any]:
     """Train a few steps in this process. Returns speed, peak memory and the loss of every step."""
+    from qlora_tune.memory import peak_bytes
+    from qlora_tune.model import detect_device
+
     rows = json.loads((folder / "rows.json").read_text())
     train = train_ours if side.startswith("ours") else train_with_trl
     with tempfile.TemporaryDirectory() as scratch:
@@ -141,7 +143,7 @@ def measure(side: str, folder: Path, warmup: int) -> dict[str, Any]:
     return {
         "tokens_per_s": speed,
         "learned_tokens_per_s": speed * learned,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_bytes(detect_device()),
         "losses": losses,
     }
 
@@ -305,15 +307,6 @@ def count_tokens(model: Any, pad_id: int) -> Any:
 
     model.get_input_embeddings().register_forward_pre_hook(add)
     return count
-
-
-def peak_bytes() -> int:
-    """The peak so far: of the GPU's memory, or of this process's resident memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def print_table(found: list[dict[str, Any]], shapes: list[str], sides: list[str]) -> None:

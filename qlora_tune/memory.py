@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from qlora_tune.base import BaseModel, read_header
@@ -265,13 +265,15 @@ def free_bytes(device: Device) -> int:
 
 def peak_bytes(device: Device) -> int:
     """The most that this process has held: allocated on a GPU, resident on a CPU."""
-    import resource
-
+    import psutil
     import torch
 
     if device.kind == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent process held before exec
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
+    return int(psutil.Process().memory_info().rss)
 
 
 def _read_headers(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
