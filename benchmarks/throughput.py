@@ -43,7 +43,7 @@ SHAPES = {
     "1.7B": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "8B": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
 }
-STEPS = {"7M": 10, "30M": 6, "135M": 4, "0.6B": 12, "1.7B": 12, "8B": 8}
+STEPS = {"7M": 10, "30M": 5, "135M": 3, "0.6B": 12, "1.7B": 12, "8B": 8}
 HEADS = {"tiny": (1, 1), "7M": (4, 2), "30M": (6, 3), "135M": (9, 3), "0.6B": (16, 8), "1.7B": (16, 8), "8B": (32, 8)}
 
 

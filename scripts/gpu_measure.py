@@ -108,7 +108,6 @@ def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict
                 "max_steps": WARMUP_STEPS + TIMED_STEPS,
                 "per_device_train_batch_size": micro_batch_rows,
                 "gradient_accumulation_steps": EFFECTIVE_ROWS // micro_batch_rows,
-                "activation_checkpointing": "on",
                 "load_best_model_at_end": False,
                 "eval_steps": WARMUP_STEPS + TIMED_STEPS,  # also when checkpoints are written: after the timed steps
                 "runs_dir": scratch,
@@ -132,8 +131,17 @@ def measure_training(shape: Shape, micro_batch_rows: int, dry_run: bool) -> dict
                 marks.append((time.perf_counter(), real, all_positions, entry["loss"]))
 
         with patch.object(models, "load_base", lambda *_, **__: model):
-            result = training.train(config, new_run(config), setup, on_metrics=mark)
-    return {**summarise(marks), **describe_model(model, result.model, device), "build_s": round(build_s, 1)}
+            run = new_run(config)
+            result = training.train(config, run, setup, on_metrics=mark)
+            state = run.read_state()
+    return {
+        **summarise(marks),
+        **describe_model(model, result.model, device),
+        "build_s": round(build_s, 1),
+        "path": state["path"],
+        "fit": state["fit"],
+        "estimated_bytes": sum(state["estimated_parts"].values()),
+    }
 
 
 def make_rows(vocabulary: int, dry_run: bool) -> Any:
