@@ -164,8 +164,8 @@ def estimate_memory(
 
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
-    activations are held follows the functions in fused.py. On a CPU within 10 % in 20 of 24 combinations, and within
-    14 % in all, the libraries taken off (benchmarks/memory.py); the constants are fitted to the same 24. Loading the
+    activations are held follows the functions in fused.py. On a CPU within 10 % in 19 of 24 combinations, and within
+    13 % in all, the libraries taken off (benchmarks/memory.py); the constants are fitted to the same 24. Loading the
     base, which for a moment holds its file twice, is not covered. Not measured on a GPU.
     """
     shape = read_shape(base)
