@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from statistics import median
 from threading import Thread
 from typing import Any
 
-from throughput import SHAPES, build_base
+from throughput import SHAPES, build_base, load_quantized, run_child
 
 SIDES = ("plain", "ours", "plain-chat", "ours-chat")
 BATCH, RANK = 32, 16
@@ -70,13 +69,7 @@ def main() -> None:
 
 def run_side(side: str, base: str) -> dict[str, Any]:
     """One run of a side in a fresh process, with the options of this one."""
-    command = [sys.executable, *sys.argv, "--one", side, base]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{side} on {base} failed:\n{done.stderr[-4000:]}")
-    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("FIGURES "))
-    return figures
+    return run_child([*sys.argv, "--one", side, base])
 
 
 def measure(side: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,25 +115,12 @@ def measure(side: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def load(base: str, adapter: Path | None) -> Any:
     """A 4-bit base with an adapter, as the documentation of PEFT has it."""
-    import torch
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_tune.config import shipped_path
     from qlora_tune.model import _keep_4bit_weights_trainable
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        shipped_path("builtin") if base == "builtin" else base,
-        dtype=torch.bfloat16,
-        quantization_config=quantization,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-    )
+    model = load_quantized(shipped_path("builtin") if base == "builtin" else Path(base))
     _keep_4bit_weights_trainable(model)
     if base == "builtin" and adapter:
         return PeftModel.from_pretrained(model, adapter).eval()

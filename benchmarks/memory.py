@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from throughput import SHAPES, build_base, train_ours
+from throughput import SHAPES, build_base, run_child, train_ours
 
 ACCUMULATION, STEPS = 4, 2
 TINY = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -84,13 +82,7 @@ def main() -> None:
 def run(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) -> dict[str, Any]:
     """One combination in a fresh process."""
     numbers = [str(number) for number in (length, rows, rank, int(checkpointing))]
-    command = [sys.executable, __file__, "--one", str(folder), *numbers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{folder.name} {numbers} failed:\n{done.stderr[-4000:]}")
-    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("FIGURES "))
-    return figures
+    return run_child([__file__, "--one", str(folder), *numbers])
 
 
 def measure(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) -> dict[str, Any]:

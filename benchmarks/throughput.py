@@ -118,11 +118,15 @@ def write_rows(path: Path, vocabulary: int, steps: int) -> None:
 
 def run_side(side: str, folder: Path, warmup: int) -> dict[str, Any]:
     """One run of a side in a fresh process."""
-    command = [sys.executable, __file__, "--one", side, str(folder), "--warmup", str(warmup)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_child([__file__, "--one", side, str(folder), "--warmup", str(warmup)])
+
+
+def run_child(arguments: list[str]) -> dict[str, Any]:
+    """Run a benchmark's script in a fresh process. Returns what it printed behind FIGURES; ends where it failed."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
-        raise SystemExit(f"{side} on {folder.name} failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
     figures: dict[str, Any] = json.loads(lines[-1].removeprefix("FIGURES "))
     return figures
 
@@ -155,7 +159,7 @@ def train_with_trl(
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     on_cuda = torch.cuda.is_available()
@@ -177,18 +181,7 @@ def train_with_trl(
         model, tokenizer, lora_config = load_unsloth(folder, lora), AutoTokenizer.from_pretrained(folder), None
         settings["gradient_checkpointing"] = False  # unsloth brings its own
     else:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16,
-            quantization_config=quantization,
-            device_map={"": 0 if on_cuda else "cpu"},
-        )
+        model = load_quantized(folder)
         tokenizer, lora_config = AutoTokenizer.from_pretrained(folder), LoraConfig(**lora)
     tokenizer.pad_token_id = PAD
     counted = count_tokens(model, PAD)
@@ -220,6 +213,25 @@ def train_with_trl(
         callbacks=[Mark()],
     ).train()
     return marks
+
+
+def load_quantized(folder: Path) -> Any:
+    """A base in NF4 with double quantization, as the documentation of Transformers has it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=quantization,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+    )
 
 
 def load_unsloth(folder: Path, lora: dict[str, Any]) -> Any:

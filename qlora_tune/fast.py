@@ -17,22 +17,16 @@ from typing import Any
 from unittest.mock import patch
 
 from qlora_tune.chat_format import IGNORED
+from qlora_tune.layout import BATCH_ROUND, BLOCK_ROUND, TOGETHER, group_rows
 
 ATTENTION = "qlora_tune_rows"  # the name of its attention in Transformers' table
 # Relative difference of results up to which a piece counts as the same; bfloat16 rounds to one part in 256.
 SAME = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
-
-
 # Settings of models whose attention or head does what the fast path's does not.
 UNKNOWN = (
     *("attn_logit_softcapping", "final_logit_softcapping"),
     *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
 )
-# On a CPU short rows attend together, masked from each other, until so many tokens: fewer and larger products.
-TOGETHER = 192
-# What attends together, and a whole micro-batch, are filled up to multiples of these [tokens] on a CPU: oneDNN makes a
-# kernel for every new shape, which took a fifth of a step and 0.3 GB (docs/log.md).
-BLOCK_ROUND, BATCH_ROUND = 16, 128
 
 
 @dataclass(frozen=True)
@@ -46,23 +40,19 @@ class MicroBatch:
     targets: Any  # [m] the tokens to predict there
     tokens: int  # without fillers
 
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths of all rows and fillers, in order."""
+        return [length for block in self.blocks for length in block]
+
 
 def split_batch(rows: Sequence[dict[str, list[int]]], max_tokens: int, on_cpu: bool) -> list[MicroBatch]:
     """Lay the rows of an effective batch out as micro-batches of up to max_tokens, rows of similar length together.
 
     A row that is longer gets a micro-batch of its own.
     """
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
-    groups: list[list[dict[str, list[int]]]] = []
-    room = 0
-    for row in ordered:
-        length = len(row["input_ids"])
-        if length > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(row)
-        room -= length
-    return [_lay_out(group, on_cpu) for group in groups]
+    groups = group_rows([len(row["input_ids"]) for row in rows], max_tokens)
+    return [_lay_out([rows[index] for index in group], on_cpu) for group in groups]
 
 
 def _lay_out(rows: Sequence[dict[str, list[int]]], on_cpu: bool) -> MicroBatch:
@@ -125,7 +115,7 @@ class FastModel:
         device = self.embeddings.weight.device
         embedded = self.embeddings(batch.input_ids.to(device))
         if self.noise and self.backbone.training:
-            embedded = embedded + _noise(self.noise, embedded, batch.blocks)
+            embedded = embedded + _noise(self.noise, embedded, batch.lengths)
         self._rows = fused.plan_rows(batch.blocks, embedded.dtype, device)
         positions = batch.position_ids.to(device)
         return self.backbone(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state[0]
@@ -170,11 +160,10 @@ def fast_path(
         yield fast if usable else None
 
 
-def _noise(alpha: float, embedded: Any, blocks: Sequence[Sequence[int]]) -> Any:
+def _noise(alpha: float, embedded: Any, lengths: Sequence[int]) -> Any:
     """NEFTune's uniform noise (arXiv 2310.05914): the longer a row, the smaller."""
     import torch
 
-    lengths = [length for block in blocks for length in block]
     sizes = [alpha / math.sqrt(length * embedded.shape[-1]) for length in lengths for _ in range(length)]
     scale = torch.tensor(sizes, dtype=embedded.dtype, device=embedded.device).unsqueeze(-1)
     return torch.empty_like(embedded).uniform_(-1, 1).mul_(scale)
@@ -240,17 +229,8 @@ def _projection(module: Any, keep_weights: bool) -> Any:
         return None
     if not isinstance(module, LoraLayer):
         return Projection(weight_of(base, keep_weights), base.bias) if isinstance(base, Linear4bit) else None
-    name = module.active_adapters[0]
-    plain = (
-        len(module.active_adapters) == 1
-        and not module.merged
-        and name in module.lora_A
-        and isinstance(module.lora_dropout[name], nn.Identity)
-        and not getattr(module, "lora_variant", {}).get(name)
-        and module.lora_A[name].bias is None
-        and module.lora_B[name].bias is None
-    )
-    if not plain:
+    name = only_adapter(module)
+    if name is None or module.merged or not isinstance(module.lora_dropout[name], nn.Identity):
         return None
 
     def matrices() -> tuple[Any, Any]:
@@ -259,6 +239,15 @@ def _projection(module: Any, keep_weights: bool) -> Any:
         return module.lora_A[name].weight, module.lora_B[name].weight
 
     return Projection(weight_of(base, keep_weights), base.bias, matrices, module.scaling[name])
+
+
+def only_adapter(module: Any) -> str | None:
+    """The name of a layer's only active adapter, where that is plain LoRA without biases; else None."""
+    active = list(getattr(module, "active_adapters", []))
+    if len(active) != 1 or active[0] not in getattr(module, "lora_A", {}) or active[0] in module.lora_variant:
+        return None
+    matrices = module.lora_A[active[0]], module.lora_B[active[0]]
+    return active[0] if all(getattr(each, "bias", True) is None for each in matrices) else None
 
 
 def weight_of(linear: Any, keep: bool) -> Callable[[], Any]:
@@ -337,7 +326,7 @@ def _stock_loss(inner: Any, sample: MicroBatch) -> Any:
 
     total = torch.zeros(())
     with _still(inner):
-        for row in sample.input_ids[0].split([length for block in sample.blocks for length in block]):
+        for row in sample.input_ids[0].split(sample.lengths):
             ids = row.to(inner.get_input_embeddings().weight.device)
             logits = inner(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
             total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").cpu()

@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-# On a CPU rows up to these lengths [tokens] attend by plain products, the longer ones of them in blocks of queries.
-# Beyond, sdpa keeps no scores, whose memory grows with the square of the length.
-WHOLE, BLOCK, LONGEST_PLAIN = 512, 256, 1536
-HEAD_ROWS, HEAD_WORDS = 512, 4096  # positions and words whose logits exist at the same time
+from qlora_tune.layout import BLOCK, HEAD_ROWS, HEAD_WORDS, LONGEST_PLAIN, WHOLE, query_blocks
+
 HEAD_ROUND = 64  # positions are filled up to a multiple of this, as oneDNN makes a kernel for every new shape
 Adapter = tuple[Tensor, Tensor]
 
@@ -190,7 +188,7 @@ class Attend(Function):  # type: ignore[misc]
         k, v = k.contiguous(), v.contiguous()
         stacked = q.mul(scale).reshape(k.shape[0], -1, *q.shape[1:])
         attended, kept = [], []
-        for start, end in _blocks(q.shape[1], len(mask)):
+        for start, end in query_blocks(q.shape[1], len(mask)):
             scores = torch.bmm(stacked[:, :, start:end].flatten(1, 2), k[:, :end].transpose(1, 2))
             scores.unflatten(1, (-1, end - start))[..., start:].add_(mask[: end - start, : end - start])
             kept.append(scores.softmax(-1))
@@ -204,7 +202,7 @@ class Attend(Function):  # type: ignore[misc]
         q, k, v, *kept = ctx.saved_tensors
         stacked = grad.reshape(q.shape)
         of_q, of_k, of_v = [], [], []
-        for (start, end), shares in zip(_blocks(q.shape[2], ctx.height), kept, strict=True):
+        for (start, end), shares in zip(query_blocks(q.shape[2], ctx.height), kept, strict=True):
             rows = stacked[:, :, start:end].flatten(1, 2)
             of_shares = torch.bmm(rows, v[:, :end].transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
@@ -223,10 +221,6 @@ def _add_up(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[:-1]:
         total[:, : part.shape[1]] += part
     return total.to(parts[-1].dtype)
-
-
-def _blocks(length: int, height: int) -> list[tuple[int, int]]:
-    return [(start, min(start + height, length)) for start in range(0, length, height)]
 
 
 class CrossEntropy(Function):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
-from qlora_tune.fast import weight_of
+from qlora_tune.fast import only_adapter, weight_of
 from qlora_tune.tool_text import Tools
 from qlora_tune.turns import Message
 
@@ -235,7 +235,7 @@ def _shortcuts(model: Any) -> list[tuple[Any, Callable[..., Any]]]:
     if model.device.type == "cpu" and _fit(packed):
         found += [(module, partial(_linear, module.forward, module, weight_of(module, True)())) for module in packed]
     for module in modules:
-        if _is_packed(getattr(module, "base_layer", None)) and (name := _only_adapter(module)):
+        if _is_packed(getattr(module, "base_layer", None)) and (name := only_adapter(module)):
             found.append((module, partial(_adapted, module.forward, module, name)))
     return found
 
@@ -258,15 +258,6 @@ def _fit(packed: Sequence[Any]) -> bool:
     states = [module.weight.quant_state for module in packed]
     size = sum(state.shape.numel() * state.dtype.itemsize for state in states)
     return bool(size * KEPT_SHARE <= psutil.virtual_memory().available)
-
-
-def _only_adapter(module: Any) -> str | None:
-    """The name of a layer's only active adapter, where that is plain LoRA without biases; else None."""
-    active = list(getattr(module, "active_adapters", []))
-    if len(active) != 1 or active[0] not in getattr(module, "lora_A", {}) or active[0] in module.lora_variant:
-        return None
-    matrices = module.lora_A[active[0]], module.lora_B[active[0]]
-    return active[0] if all(getattr(each, "bias", True) is None for each in matrices) else None
 
 
 def _linear(stock: Callable[..., Any], module: Any, weight: Any, x: Any) -> Any:

@@ -16,14 +16,13 @@ from typing import Any
 
 from qlora_tune.base import BaseModel, read_header
 from qlora_tune.config import TrainConfig
+from qlora_tune.layout import BATCH_ROUND, BLOCK, HEAD_ROWS, HEAD_WORDS, LONGEST_PLAIN, WHOLE, group_rows, query_blocks
 from qlora_tune.model import Device, Precision, is_named, unknown_names
 from qlora_tune.prepare import PAD_TO, SHORT_ROWS, optimizer_of
 
-# The fast path's shape of work, as fused.py and fast.py have it [tokens, words].
-FAST_HEAD_TOKENS, FAST_HEAD_WORDS, BLOCK, LONGEST_PLAIN, BATCH_ROUND = 512, 4096, 256, 1536, 128
 CPU_TOKENS = 2048  # a CPU gains little from larger micro-batches: 4,096 were 5 % faster for 0.3 GB more
 GPU_TOKENS = 8192
-HEAD_TOKENS, HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
+TRL_HEAD_TOKENS, TRL_HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
 
 # Measured, or fitted to the peaks that estimate_memory names [bytes].
 CPU_LIBRARIES = 605_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
@@ -202,7 +201,7 @@ def _fast_bytes(
     states = tokens * unit * shape.hidden
     layer = tokens * (unit * (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.mlp) + 8 + inner)
     learned = int(tokens * learned_share)
-    tile = min(FAST_HEAD_TOKENS, learned) * min(FAST_HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
+    tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
     passing = float(max(copies, tile + learned * shape.hidden * (2 * unit + 8)))
     if on_cpu:
@@ -230,22 +229,15 @@ def _fast_bytes(
 def _longest_rows(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> list[int]:
     """Lengths of the largest micro-batch that these rows can make."""
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rows: list[int] = []
-    for length in sorted(lengths, reverse=True)[:effective]:
-        if rows and sum(rows) + length > max_tokens:
-            break
-        rows.append(length)
-    return rows
+    longest = sorted(lengths, reverse=True)[:effective]
+    return [longest[index] for index in group_rows(longest, max_tokens)[0]]
 
 
 def _scores(length: int) -> int:
     """Attention's scores that a row keeps per head on a CPU."""
     if length > LONGEST_PLAIN:
         return 0
-    if length <= 2 * BLOCK:
-        return length * length
-    ends = [*range(BLOCK, length, BLOCK), length]
-    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+    return sum((end - start) * end for start, end in query_blocks(length, length if length <= WHOLE else BLOCK))
 
 
 def _plain_bytes(
@@ -378,8 +370,8 @@ def _kernel_bytes(config: TrainConfig, longest: int) -> int:
 
 def _head_bytes(shape: BaseShape, learned: int, on_cpu: bool, unit: int) -> int:
     """Bytes of one tile of logits, and on a CPU of the float32 copies that its gradient goes through."""
-    rows, words = min(learned, HEAD_TOKENS), min(shape.vocabulary, HEAD_WORDS)
+    rows, words = min(learned, TRL_HEAD_TOKENS), min(shape.vocabulary, TRL_HEAD_WORDS)
     if not on_cpu:
-        return rows * HEAD_WORDS * unit + learned * shape.hidden * 4
+        return rows * TRL_HEAD_WORDS * unit + learned * shape.hidden * 4
     tile = 4 * rows * words
     return int(TILE_COPIES * tile + min(HEAP_LIMIT, HEAP_COPIES * tile)) + 4 * (words + learned) * shape.hidden

@@ -41,6 +41,7 @@ ORDER = [
     "runs",
     "launch",
     "prepare",
+    "layout",
     "memory",
     "pace",
     "preview",

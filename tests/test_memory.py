@@ -107,7 +107,7 @@ def test_an_odd_config_still_gets_an_estimate(tmp_path: Path, config: dict[str, 
 
 
 def test_the_estimate_knows_the_sizes_that_training_works_with() -> None:
-    assert (estimates.FAST_HEAD_TOKENS, estimates.FAST_HEAD_WORDS) == (fused.HEAD_ROWS, fused.HEAD_WORDS)
+    assert (estimates.HEAD_ROWS, estimates.HEAD_WORDS) == (fused.HEAD_ROWS, fused.HEAD_WORDS)
     assert (estimates.BLOCK, 2 * estimates.BLOCK, estimates.LONGEST_PLAIN) == (
         fused.BLOCK,
         fused.WHOLE,
