@@ -43,7 +43,7 @@ SHAPES = {
     "1.7B": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "8B": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
 }
-STEPS = {"7M": 10, "30M": 5, "135M": 3, "0.6B": 12, "1.7B": 12, "8B": 8}
+STEPS = {"7M": 16, "30M": 9, "135M": 7, "0.6B": 12, "1.7B": 12, "8B": 8}
 HEADS = {"tiny": (1, 1), "7M": (4, 2), "30M": (6, 3), "135M": (9, 3), "0.6B": (16, 8), "1.7B": (16, 8), "8B": (32, 8)}
 
 
@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7M", "30M", "135M"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--packed-rounds", type=int, default=2, help="rounds of trl-packed, the slowest of its kind")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps at first that don't count")
     parser.add_argument("--json", type=Path, help="where the figures go, besides the table")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a side and a folder: what a child process does
@@ -67,8 +66,6 @@ def main() -> None:
             write_rows(Path(folder) / shape / "rows.json", SHAPES[shape]["vocab_size"], STEPS[shape])
         for turn, shape in itertools.product(range(args.rounds), args.shapes):
             for side in args.sides:
-                if side == "trl-packed" and turn >= args.packed_rounds:
-                    continue
                 figures = run_side(side, Path(folder) / shape, args.warmup)
                 found.append({"shape": shape, "side": side, "round": turn, **figures})
                 print(f"… {shape} {side}: {figures['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
