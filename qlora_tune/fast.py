@@ -129,11 +129,19 @@ class FastModel:
 
 @contextmanager
 def fast_path(
-    model: Any, *, longest: int, keep_weights: bool, neftune_noise_alpha: float | None = None
+    model: Any,
+    *,
+    longest: int,
+    keep_weights: bool,
+    checkpointing: bool = False,
+    offload: bool = False,
+    neftune_noise_alpha: float | None = None,
 ) -> Iterator[FastModel | None]:
     """Put the fast parts in place while the block runs; None, and nothing in place, where the loss would differ.
 
-    `longest` is the longest row [tokens]. With `keep_weights`, 4-bit weights are dequantized once for all.
+    `longest` is the longest row [tokens]. With `keep_weights`, 4-bit weights are dequantized once for all. With
+    `checkpointing` only the layers' inputs are kept, and the backward pass makes the layers again; with `offload`
+    they wait in the host's memory.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -154,10 +162,31 @@ def fast_path(
                 stack.enter_context(patch.object(module, "forward", forward))
             for place in _rotating(inner):
                 stack.enter_context(patch.object(place, "apply_rotary_pos_emb", _rotate(place.apply_rotary_pos_emb)))
+            if checkpointing:
+                stack.enter_context(_recomputed(inner, offload))
             usable = _keeps_rows_apart(fast, sample) and _is_same(expected, _fast_loss(fast, sample), inner.dtype)
         if not usable:
             stack.close()
         yield fast if usable else None
+
+
+@contextmanager
+def _recomputed(inner: Any, offload: bool) -> Iterator[None]:
+    """Activation checkpointing as Transformers knows it, with a place for each layer's input."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from qlora_tune.recompute import Place, recompute
+
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    places: list[Place] = []
+    for module in inner.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            places.append(Place(places, offload))
+            module._gradient_checkpointing_func = partial(recompute, places[-1])
+    try:
+        yield
+    finally:
+        inner.gradient_checkpointing_disable()
 
 
 def _noise(alpha: float, embedded: Any, lengths: Sequence[int]) -> Any:

@@ -5,13 +5,13 @@ the rest is passes over memory, conversions and temporary copies (docs/log.md). 
 backward pass can't cheaply make again, and computes its gradient by hand. Sources: LoRA arXiv 2106.09685, RMSNorm
 1910.07467, SwiGLU 2002.05202, RoPE 2104.09864, loss in chunks 2410.10989.
 
-The only module that imports torch at its top: whoever uses it imports it inside a function.
+Imports torch at its top, as recompute.py does: whoever uses it imports it inside a function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -39,13 +39,23 @@ class Projection:
     bias: Tensor | None = None
     matrices: Callable[[], tuple[Tensor | None, Tensor | None]] = lambda: (None, None)
     scaling: float = 1.0
+    copies: list[Tensor] = field(default_factory=list)
 
     def adapter(self, dtype: torch.dtype) -> Adapter | None:
-        """The adapter's matrices in the compute precision, the second one scaled."""
+        """The adapter's matrices in the compute precision.
+
+        Copies always lie in the same place: made anew, they would lie between activations (recompute.Place).
+        """
         lora_a, lora_b = self.matrices()
         if lora_a is None or lora_b is None:
             return None
-        return lora_a.detach().to(dtype), lora_b.detach().mul(self.scaling).to(dtype)
+        if lora_a.dtype == dtype:
+            return lora_a.detach(), lora_b.detach()
+        if not self.copies:
+            self.copies.extend(torch.empty_like(matrix, dtype=dtype) for matrix in (lora_a, lora_b))
+        for copy, matrix in zip(self.copies, (lora_a, lora_b), strict=True):
+            copy.copy_(matrix.detach())
+        return self.copies[0], self.copies[1]
 
     def forward(self, x: Tensor, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
         """[n, in] to [n, out], and what lies between the adapter's matrices: [n, r]."""
@@ -53,12 +63,21 @@ class Projection:
         if adapter is None:
             return y, None
         inner = x @ adapter[0].t()
-        return y.addmm_(inner, adapter[1].t()), inner
+        return y.addmm_(inner, adapter[1].t(), alpha=self.scaling), inner
 
-    def input_gradient(self, grad: Tensor, of_inner: Tensor | None, adapter: Adapter | None) -> Tensor:
-        """Gradient [n, in] from that of the output [n, out] and of what lies between the adapter's matrices."""
-        of_x = grad @ self.weight()
+    def input_gradient(
+        self, grad: Tensor, of_inner: Tensor | None, adapter: Adapter | None, onto: Tensor | None = None
+    ) -> Tensor:
+        """Gradient [n, in] from that of the output [n, out] and of what lies between the adapter's matrices.
+
+        It is added onto another one where that is given, which saves a pass.
+        """
+        of_x = grad @ self.weight() if onto is None else onto.addmm_(grad, self.weight())
         return of_x if adapter is None else of_x.addmm_(of_inner, adapter[0])
+
+    def inner_gradient(self, grad: Tensor, adapter: Adapter | None) -> Tensor | None:
+        """Gradient [n, r] of what lies between the adapter's matrices."""
+        return None if adapter is None else (grad @ adapter[1]).mul_(self.scaling)
 
     def adapter_gradients(self, grad: Tensor, of_inner: Tensor, x: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the adapter's matrices, float32."""
@@ -83,7 +102,7 @@ class Linear(Function):  # type: ignore[misc]
         projection, adapter = ctx.projection, ctx.adapter
         x, inner = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        of_inner = flat @ adapter[1] if adapter else None
+        of_inner = projection.inner_gradient(flat, adapter)
         of_x = projection.input_gradient(flat, of_inner, adapter) if ctx.needs_input_grad[0] else None
         of_a, of_b = projection.adapter_gradients(flat, of_inner, x, inner) if adapter else (None, None)
         return None if of_x is None else of_x.view(*grad.shape[:-1], -1), of_a, of_b, None
@@ -112,22 +131,22 @@ class SwiGLU(Function):  # type: ignore[misc]
         swish = functional.silu(gated)
         found: list[Tensor | None] = []
 
-        def pull(projection: Projection, at: int, into: Tensor, came: Tensor, inner: Tensor) -> Tensor | None:
+        def pull(
+            projection: Projection, at: int, into: Tensor, came: Tensor, inner: Tensor, onto: Tensor | None = None
+        ) -> Tensor | None:
             """Gradient of a projection's input; those of its adapter are put aside."""
             adapter = ctx.adapters[at]
-            of_inner = into @ adapter[1] if adapter else None
+            of_inner = projection.inner_gradient(into, adapter)
             found.extend(projection.adapter_gradients(into, of_inner, came, inner) if adapter else (None, None))
             wanted = at == 2 or ctx.needs_input_grad[0]
-            return projection.input_gradient(into, of_inner, adapter) if wanted else None
+            return projection.input_gradient(into, of_inner, adapter, onto) if wanted else None
 
         of_product = pull(down, 2, flat, swish * raised, of_down)
         assert of_product is not None
         of_swish = of_product * raised
         of_x = pull(up, 1, of_product.mul_(swish), x, of_up)
-        more = pull(gate, 0, torch.ops.aten.silu_backward(of_swish, gated), x, of_gate)
-        if of_x is not None:
-            of_x = of_x.add_(more).view(grad.shape)
-        return of_x, None, *found[4:], *found[2:4], *found[:2]
+        of_x = pull(gate, 0, torch.ops.aten.silu_backward(of_swish, gated), x, of_gate, of_x)
+        return None if of_x is None else of_x.view(grad.shape), None, *found[4:], *found[2:4], *found[:2]
 
 
 class RMSNorm(Function):  # type: ignore[misc]
@@ -135,10 +154,12 @@ class RMSNorm(Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        exact = x.to(torch.float32)
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         inverse = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return _scaled(x, inverse).to(x.dtype).mul_(weight)
+        normed = exact * inverse if exact is x else exact.mul_(inverse)
+        return normed.to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

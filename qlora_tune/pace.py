@@ -27,8 +27,10 @@ GPU_PEAK = {
 }
 UNKNOWN_GPU_PEAK = 30e12
 GPU_SHARE = 0.25
-# What else takes time, per layer: on the fast path per token (passes over memory), else per micro-batch.
-TOKEN_SECONDS = {"cpu": 26e-6, "cuda": 0.0}  # of one thread
+# What else takes time, per layer: on the fast path per token (passes over memory; of one thread) and per step, on the
+# plain way per micro-batch.
+TOKEN_SECONDS = {"cpu": 26e-6, "cuda": 0.0}
+STEP_SECONDS = 0.005
 BATCH_SECONDS = {"cpu": 0.034, "cuda": 0.005}
 PLAIN_SLOWER = 4  # the plain way's arithmetic on a CPU, where conversions and full logits dominate
 
@@ -61,7 +63,7 @@ def estimate_seconds(
     work = passes * (shape.in_layers + shape.vocabulary * shape.hidden) / _rate(device, precision)
     if config.fast:
         work += shape.layers * TOKEN_SECONDS[device.kind] / _speed_up(device)
-        return tokens * work + total_steps * shape.layers * BATCH_SECONDS["cuda"]
+        return tokens * work + total_steps * shape.layers * STEP_SECONDS
     slower = PLAIN_SLOWER if device.kind == "cpu" else 1
     return tokens * work * slower + total_steps * micro_batches * shape.layers * BATCH_SECONDS[device.kind]
 

@@ -23,7 +23,7 @@ from qlora_tune.config import (
 from qlora_tune.errors import TuneError
 from qlora_tune.flags import command_line
 from qlora_tune.launch import refuse_busy_device
-from qlora_tune.memory import MemoryEstimate, choose_fit, free_bytes, unknown_targets
+from qlora_tune.memory import Fit, MemoryEstimate, choose_fit, free_bytes, unknown_targets
 from qlora_tune.model import Device
 from qlora_tune.pace import estimate_seconds
 from qlora_tune.prepare import Setup, data_files, heldout_files, precision_of, prepare, refuse_other_device
@@ -77,7 +77,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
             setup = _prepare(config.model_dump_json(include=_PREPARED), fingerprint_files(data_files(config)))
             lengths, learned = setup.data.lengths(), setup.data.learned_share()
             fit, memory = choose_fit(setup.base, config, device, setup.precision, lengths, free_bytes(device), learned)
-            facts += [*_setup_facts(setup, resolved), ("fit", fit.describe())]
+            facts += [*_setup_facts(setup, resolved), ("fit", _fit_words(config, fit))]
             warnings += _warn(setup, config)
             if unknown := unknown_targets(setup.base, config.lora_target_modules):
                 problems.append(f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model.")
@@ -93,7 +93,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
             effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
             lengths = [config.max_length] * effective
             fit, memory = choose_fit(base, config, device, precision_of(config, device), lengths, free_bytes(device))
-            facts.append(("fit", f"{fit.describe()}, if rows are as long as max_length"))
+            facts.append(("fit", f"{_fit_words(config, fit)}, if rows are as long as max_length"))
         if config.run_name and (Path(config.runs_dir) / config.run_name).exists():
             problems.append(f"run_name: {config.run_name} exists. Choose another, or resume that run.")
         refuse_busy_device(device.kind)
@@ -128,6 +128,13 @@ def _prepare(settings: str, data_fingerprint: str) -> Setup:
 def _base_words(config: TrainConfig) -> str:
     held = f"in 4-bit {config.bnb_4bit_quant_type}" if config.load_in_4bit else "unquantized"
     return f"{config.model_name_or_path}, {held}, LoRA r {config.lora_r}"
+
+
+def _fit_words(config: TrainConfig, fit: Fit) -> str:
+    if config.fast:
+        return fit.describe()
+    recomputed = ", activations recomputed" if fit.checkpointing else ""
+    return f"micro-batches of {config.per_device_train_batch_size} rows, the plain way{recomputed}"
 
 
 def _duration(seconds: float) -> str:

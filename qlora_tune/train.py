@@ -168,7 +168,14 @@ def _settle(
     for fit in fits[fits.index(first) :] if config.fast and first in fits else [first]:
         with ExitStack() as attempt:
             noise = config.neftune_noise_alpha
-            path = fast_path(model, longest=_longest(setup), keep_weights=fit.keep_weights, neftune_noise_alpha=noise)
+            path = fast_path(
+                model,
+                longest=_longest(setup),
+                keep_weights=fit.keep_weights,
+                checkpointing=fit.checkpointing,
+                offload=fit.offload,
+                neftune_noise_alpha=noise,
+            )
             fast = attempt.enter_context(path) if config.fast else None
             if config.fast and fast is None:
                 on_note("the fast path doesn't know this base's layers: it is trained the plain way")
@@ -193,8 +200,6 @@ def _fits(model: Any, config: TrainConfig, setup: Setup, fit: Fit, fast: FastMod
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     whole = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows[:effective]]
     largest = split_batch(whole, fit.max_tokens, setup.device.kind == "cpu")[0]
-    if fit.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         with torch.random.fork_rng([0] if setup.device.kind == "cuda" else []):
             model.train()

@@ -311,19 +311,41 @@ def test_noise_is_alpha_over_the_root_of_length_times_width(exact: Any) -> None:
         assert abs(part.mean().item()) < 0.1 * limit
 
 
-def test_checkpointed_activations_give_the_same_gradients(exact: Any) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointed_activations_give_the_same_gradients(exact: Any, offload: bool) -> None:
     rows, ran = draw_rows((120, 33, 8)), []
     layer = exact.get_base_model().base_model.layers[0].mlp
     with opened(exact) as fast:
         loss, before = quick(fast, rows, 130)
+    with opened(exact, checkpointing=True, offload=offload) as fast:
         hook = layer.register_forward_pre_hook(lambda *_: ran.append(1))
-        exact.gradient_checkpointing_enable({"use_reentrant": False})
         again, after = quick(fast, rows, 130)
-        exact.gradient_checkpointing_disable()
         hook.remove()
     assert len(ran) == 2 * len(split_batch(rows, 130, on_cpu=True))
     assert again == loss
     assert distance(after, before) < 1e-6
+    assert not exact.get_base_model().is_gradient_checkpointing
+
+
+def test_between_two_layers_only_their_places_hold_memory(exact: Any) -> None:
+    """What autograd would keep of a layer is gone once the layer is through, its input too."""
+    (batch,) = split_batch(draw_rows((120, 33, 8)), 600, on_cpu=True)
+    held: list[Any] = []
+    with opened(exact, checkpointing=True) as fast:
+        hooks = [
+            layer.mlp.register_forward_hook(lambda _, inputs, output: held.extend(map(weakref.ref, (*inputs, output))))
+            for layer in fast.backbone.layers
+        ]
+        loss = fast.loss_sum(batch)
+        assert len(held) == 2 * len(hooks)
+        assert not [tensor for tensor in held if tensor() is not None]
+        loss.backward()
+        places = [layer._gradient_checkpointing_func.args[0] for layer in fast.backbone.layers]
+        assert {place.space.numel() for place in places} == {batch.input_ids.numel() * exact.config.hidden_size}
+        assert not any(place.gradient is not None for place in places)
+        for hook in hooks:
+            hook.remove()
+    take_gradients(exact)
 
 
 def test_a_switched_off_adapter_is_the_base(exact: Any) -> None:

@@ -289,13 +289,13 @@ def test_a_row_on_the_gpu_learns_the_same_whatever_its_neighbours(adapted: Any) 
     assert distance(found, alone) < 2e-2
 
 
-def test_checkpointed_activations_give_the_same_gradients_on_the_gpu(adapted: Any) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointed_activations_give_the_same_gradients_on_the_gpu(adapted: Any, offload: bool) -> None:
     rows = draw_rows(LENGTHS)
     with opened(adapted) as fast:
         loss, before = quick(fast, rows, 300)
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    with opened(adapted, checkpointing=True, offload=offload) as fast:
         again, after = quick(fast, rows, 300)
-        adapted.gradient_checkpointing_disable()
     assert again == pytest.approx(loss, rel=1e-4)
     assert distance(after, before) < 5e-3
     assert not any(gradient is not None for gradient in take_gradients(adapted).values())

@@ -120,7 +120,7 @@ def test_the_estimate_knows_the_sizes_that_training_works_with() -> None:
 def test_fits_begin_fast_and_end_with_one_row_and_recomputed_activations(device: Device) -> None:
     fits = possible_fits(settings(gradient_accumulation_steps="4"), device, 200)
     assert fits[0] == Fit(2048 if device is CPU else 8192, False, True)
-    assert fits[-1] == Fit(200, True, False)
+    assert fits[-1] == Fit(200, True, False, offload=device is GPU)
     assert {fit.max_tokens >= 200 for fit in fits} == {True}
     assert not any(fit.checkpointing for fit in possible_fits(settings(activation_checkpointing="off"), device, 200))
     assert all(fit.checkpointing for fit in possible_fits(settings(activation_checkpointing="on"), device, 200))
