@@ -145,6 +145,8 @@ def fast_path(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from qlora_tune.recompute import recompute_layers
+
     inner = model.get_base_model()
     fast = FastModel(model, neftune_noise_alpha)
     with ExitStack() as stack:
@@ -163,30 +165,11 @@ def fast_path(
             for place in _rotating(inner):
                 stack.enter_context(patch.object(place, "apply_rotary_pos_emb", _rotate(place.apply_rotary_pos_emb)))
             if checkpointing:
-                stack.enter_context(_recomputed(inner, offload))
+                stack.enter_context(recompute_layers(inner, offload))
             usable = _keeps_rows_apart(fast, sample) and _is_same(expected, _fast_loss(fast, sample), inner.dtype)
         if not usable:
             stack.close()
         yield fast if usable else None
-
-
-@contextmanager
-def _recomputed(inner: Any, offload: bool) -> Iterator[None]:
-    """Activation checkpointing as Transformers knows it, with a place for each layer's input."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from qlora_tune.recompute import Place, recompute
-
-    inner.gradient_checkpointing_enable({"use_reentrant": False})
-    places: list[Place] = []
-    for module in inner.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            places.append(Place(places, offload))
-            module._gradient_checkpointing_func = partial(recompute, places[-1])
-    try:
-        yield
-    finally:
-        inner.gradient_checkpointing_disable()
 
 
 def _noise(alpha: float, embedded: Any, lengths: Sequence[int]) -> Any:

@@ -29,7 +29,7 @@ CPU_LIBRARIES = 605_000_000  # torch, transformers, peft, trl, bitsandbytes, dat
 # What glibc's heap holds for each byte in use on a CPU, holes included: of activations; of states kept for recomputing,
 # each of which leaves a hole; of the layer that is recomputed; of copies that come and go; of long rows' queries, which
 # sdpa copies.
-HELD, KEPT_STATES, RECOMPUTED, PASSING, LONG_QUERIES = 1.65, 8.9, 1.3, 5.2, 13.4
+HELD, KEPT_STATES, RECOMPUTED, PASSING, LONG_QUERIES = 1.54, 5.73, 1.35, 4.73, 9.15
 CUDA_LIBRARIES = 600_000_000  # CUDA context and workspaces; DESIGN section 5, not measured here
 TILE_COPIES = 8.6  # float32 copies of a tile of logits while its gradient is made without Triton
 HEAP_COPIES, HEAP_LIMIT = 17, 540_000_000  # of tiles below 32 MiB, which glibc's heap keeps; model._keep_freed_memory
@@ -168,8 +168,8 @@ def estimate_memory(
 
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
-    activations are held follows the functions in fused.py. On a CPU within 10 % in 19 of 24 combinations, and within
-    13 % in all, the libraries taken off (benchmarks/memory.py); the constants are fitted to the same 24. Loading the
+    activations are held follows the functions in fused.py. On a CPU within 10 % in 21 of 24 combinations, and within
+    16 % in all, the libraries taken off (benchmarks/memory.py); the constants are fitted to the same 24. Loading the
     base, which for a moment holds its file twice, is not covered. Not measured on a GPU.
     """
     shape = read_shape(base)

@@ -5,7 +5,9 @@ Station inside the fast path, beside fused.py; like it, to be imported inside a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,3 +82,20 @@ def recompute(place: Place, run: Callable[..., Any], x: Tensor, *rest: Any, **na
         return run(Take.apply(ticket, place), *rest, **named)
 
     return checkpoint(again, Put.apply(x, place), *rest, use_reentrant=False, **named)
+
+
+@contextmanager
+def recompute_layers(inner: Any, offload: bool) -> Iterator[None]:
+    """Activation checkpointing as Transformers knows it while the block runs, with a place for each layer's input."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    places: list[Place] = []
+    for module in inner.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            places.append(Place(places, offload))
+            module._gradient_checkpointing_func = partial(recompute, places[-1])
+    try:
+        yield
+    finally:
+        inner.gradient_checkpointing_disable()

@@ -90,8 +90,6 @@ def build_trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTTrainer
 
-    gradients: list[tuple[Any, Any]] = []
-
     class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
         """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
 
@@ -106,7 +104,6 @@ def build_trainer(
             if fast is None:
                 return super().training_step(model, inputs, *rest, **named)
             model.train()
-            self._lay_gradients()
             batches = inputs["micro_batches"]
             learned = max(1, sum(len(batch.targets) for batch in batches))
             total = torch.zeros((), device=self.args.device)
@@ -117,17 +114,6 @@ def build_trainer(
             self._total_train_tokens += sum(batch.tokens for batch in batches)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             return total
-
-        def _lay_gradients(self) -> None:
-            """Give every adapter's gradient its own place, the same at every step.
-
-            Allocated by the backward pass, they lie scattered between activations, and what is freed around them is
-            too small for the next ones (docs/log.md).
-            """
-            if not gradients:
-                gradients.extend((p, torch.zeros_like(p)) for p in self.model.parameters() if p.requires_grad)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient.zero_()
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             with models.only_learned(self.model, inputs) as fewer:
