@@ -6,9 +6,10 @@ Station inside the fast path, beside fused.py; like it, to be imported inside a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -86,16 +87,18 @@ def recompute(place: Place, run: Callable[..., Any], x: Tensor, *rest: Any, **na
 
 @contextmanager
 def recompute_layers(inner: Any, offload: bool) -> Iterator[None]:
-    """Activation checkpointing as Transformers knows it while the block runs, with a place for each layer's input."""
+    """Make a model's layers keep nothing but their inputs while the block runs, each in a place of its own.
+
+    Transformers' own switch would also ask for a gradient of the embeddings, which nothing needs.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    inner.gradient_checkpointing_enable({"use_reentrant": False})
     places: list[Place] = []
-    for module in inner.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            places.append(Place(places, offload))
-            module._gradient_checkpointing_func = partial(recompute, places[-1])
-    try:
+    with ExitStack() as stack:
+        for module in inner.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                places.append(Place(places, offload))
+                run = partial(recompute, places[-1])
+                stack.enter_context(patch.object(module, "gradient_checkpointing", True))
+                stack.enter_context(patch.object(module, "_gradient_checkpointing_func", run, create=True))
         yield
-    finally:
-        inner.gradient_checkpointing_disable()

@@ -331,13 +331,15 @@ def test_between_two_layers_only_their_places_hold_memory(exact: Any) -> None:
     """What autograd would keep of a layer is gone once the layer is through, its input too."""
     (batch,) = split_batch(draw_rows((120, 33, 8)), 600, on_cpu=True)
     held: list[Any] = []
+
+    def hold(module: Any, inputs: tuple[torch.Tensor, ...], *_: Any) -> None:
+        held.append(weakref.ref(inputs[0]))
+
     with opened(exact, checkpointing=True) as fast:
-        hooks = [
-            layer.mlp.register_forward_hook(lambda _, inputs, output: held.extend(map(weakref.ref, (*inputs, output))))
-            for layer in fast.backbone.layers
-        ]
+        hooks = [layer.register_forward_pre_hook(hold) for layer in fast.backbone.layers]
+        hooks += [layer.mlp.register_forward_hook(hold) for layer in fast.backbone.layers]
         loss = fast.loss_sum(batch)
-        assert len(held) == 2 * len(hooks)
+        assert len(held) == len(hooks)
         assert not [tensor for tensor in held if tensor() is not None]
         loss.backward()
         places = [layer._gradient_checkpointing_func.args[0] for layer in fast.backbone.layers]
