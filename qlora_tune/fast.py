@@ -8,20 +8,17 @@ themselves; the loss is computed on learned positions only, in chunks; layers th
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 from qlora_tune.chat_format import IGNORED
+from qlora_tune.layers import find_replacements, is_same, rotate_faster, rotating
 from qlora_tune.layout import BATCH_ROUND, BLOCK_ROUND, TOGETHER, group_rows
 
 ATTENTION = "qlora_tune_rows"  # the name of its attention in Transformers' table
-# Relative difference of results up to which a piece counts as the same; bfloat16 rounds to one part in 256.
-SAME = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
 # Settings of models whose attention or head does what the fast path's does not.
 UNKNOWN = (
     *("attn_logit_softcapping", "final_logit_softcapping"),
@@ -160,13 +157,15 @@ def fast_path(
             stack.callback(ALL_ATTENTION_FUNCTIONS.pop, ATTENTION)  # it would keep the model in memory
             stack.callback(inner.set_attn_implementation, inner.config._attn_implementation)
             inner.set_attn_implementation(ATTENTION)
-            for module, forward in _replacements(model, keep_weights):
+            for module, forward in find_replacements(model, keep_weights):
                 stack.enter_context(patch.object(module, "forward", forward))
-            for place in _rotating(inner):
-                stack.enter_context(patch.object(place, "apply_rotary_pos_emb", _rotate(place.apply_rotary_pos_emb)))
+            for place in rotating(inner):
+                stack.enter_context(
+                    patch.object(place, "apply_rotary_pos_emb", rotate_faster(place.apply_rotary_pos_emb))
+                )
             if checkpointing:
                 stack.enter_context(recompute_layers(inner, offload))
-            usable = _keeps_rows_apart(fast, sample) and _is_same(expected, _fast_loss(fast, sample), inner.dtype)
+            usable = _keeps_rows_apart(fast, sample) and is_same(expected, _fast_loss(fast, sample), inner.dtype)
         if not usable:
             stack.close()
         yield fast if usable else None
@@ -188,138 +187,6 @@ def _rows_may_touch(config: Any, longest: int) -> bool:
     known = {"full_attention", "sliding_attention"} if window is None or window >= longest else {"full_attention"}
     windowed = window is not None and window < longest and getattr(config, "use_sliding_window", True)
     return kinds <= known and not windowed and not any(getattr(config, name, None) for name in UNKNOWN)
-
-
-def _replacements(model: Any, keep_weights: bool) -> list[tuple[Any, Callable[..., Any]]]:
-    """The modules that a fused function stands in for, each with its new forward."""
-    from torch.nn import SiLU
-
-    from qlora_tune import fused
-
-    # The linear layers inside an adapter's are reached through it.
-    inside = {module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")}
-    outside = [module for module in model.modules() if module not in inside]
-    projections = {module: found for module in outside if (found := _projection(module, keep_weights))}
-    replaced: list[tuple[Any, Callable[..., Any]]] = []
-    for module in outside:
-        if projection := projections.get(module):
-            replaced.append((module, partial(_linear, fused.Linear.apply, projection)))
-        elif type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
-            replaced.append((module, partial(_norm, fused.RMSNorm.apply, module)))
-        else:
-            parts = [projections.get(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")]
-            act = getattr(module, "act_fn", None)
-            if all(parts) and (isinstance(act, SiLU) or type(act).__name__ == "SiLUActivation"):
-                replaced.append((module, partial(_swiglu, fused.SwiGLU.apply, parts)))
-    return replaced
-
-
-def _linear(apply: Callable[..., Any], projection: Any, x: Any, *_: Any, **__: Any) -> Any:
-    return apply(x, *projection.matrices(), projection)
-
-
-def _swiglu(apply: Callable[..., Any], projections: Sequence[Any], x: Any) -> Any:
-    return apply(x, projections, *(matrix for each in projections for matrix in each.matrices()))
-
-
-def _norm(apply: Callable[..., Any], norm: Any, x: Any) -> Any:
-    return apply(x, norm.weight, _epsilon(norm))
-
-
-def _projection(module: Any, keep_weights: bool) -> Any:
-    """A linear layer as a fused function takes it, with its adapter; None where it is none, or does more than that."""
-    from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora import LoraLayer
-    from torch import nn
-
-    from qlora_tune.fused import Projection
-
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if not isinstance(base, Linear4bit) and type(base) is not nn.Linear:
-        return None
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
-    if not isinstance(module, LoraLayer):
-        return Projection(weight_of(base, keep_weights), base.bias) if isinstance(base, Linear4bit) else None
-    name = only_adapter(module)
-    if name is None or module.merged or not isinstance(module.lora_dropout[name], nn.Identity):
-        return None
-
-    def matrices() -> tuple[Any, Any]:
-        if module.disable_adapters:
-            return None, None
-        return module.lora_A[name].weight, module.lora_B[name].weight
-
-    return Projection(weight_of(base, keep_weights), base.bias, matrices, module.scaling[name])
-
-
-def only_adapter(module: Any) -> str | None:
-    """The name of a layer's only active adapter, where that is plain LoRA without biases; else None."""
-    active = list(getattr(module, "active_adapters", []))
-    if len(active) != 1 or active[0] not in getattr(module, "lora_A", {}) or active[0] in module.lora_variant:
-        return None
-    matrices = module.lora_A[active[0]], module.lora_B[active[0]]
-    return active[0] if all(getattr(each, "bias", True) is None for each in matrices) else None
-
-
-def weight_of(linear: Any, keep: bool) -> Callable[[], Any]:
-    """What gives a linear layer's weight in the compute precision."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return lambda: linear.weight
-    if keep:
-        kept = dequantize_4bit(linear.weight, state).detach()
-        return lambda: kept
-    return lambda: dequantize_4bit(linear.weight, state)
-
-
-def _epsilon(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)
-
-
-def _is_plain_norm(norm: Any) -> bool:
-    """Whether a norm of this name is x / rms(x) * weight, with a weight that is not trained."""
-    import torch
-
-    from qlora_tune.fused import RMSNorm
-
-    weight = getattr(norm, "weight", None)
-    if weight is None or weight.dim() != 1 or weight.requires_grad:
-        return False
-    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        return _is_same(norm(x), RMSNorm.apply(x, weight, _epsilon(norm)))
-
-
-def _rotating(inner: Any) -> list[Any]:
-    """The Python modules of a model's layers that hold a function for rotary position embeddings."""
-    homes = {type(module).__module__ for module in inner.modules()}
-    return [sys.modules[name] for name in sorted(homes) if hasattr(sys.modules[name], "apply_rotary_pos_emb")]
-
-
-def _rotate(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Rotary position embeddings in fewer passes, where they are the usual ones on all of a head."""
-    import torch
-
-    from qlora_tune.fused import Rotate
-
-    def rotate(q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **named: Any) -> Any:
-        if rest or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
-            return stock(q, k, cos, sin, *rest, **named)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
-
-    chance = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 5, 8, generator=chance) for heads in (4, 2))
-    half = torch.randn(1, 5, 4, generator=chance)
-    cos, sin = (torch.cat([wave, wave], -1) for wave in (half.cos(), half.sin()))
-    try:
-        same = all(_is_same(a, b) for a, b in zip(stock(q, k, cos, sin), rotate(q, k, cos, sin), strict=True))
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments: another kind of embedding
-        same = False
-    return rotate if same else stock
 
 
 def _sample(inner: Any) -> MicroBatch:
@@ -374,12 +241,3 @@ def _keeps_rows_apart(fast: FastModel, sample: MicroBatch) -> bool:
     with _still(fast.model):
         before, after = (fast.hidden(replace(sample, input_ids=ids))[first:] for ids in (sample.input_ids, other))
     return bool(torch.equal(before, after))
-
-
-def _is_same(one: Any, other: Any, computed_in: Any = None) -> bool:
-    """Whether two results agree to the rounding of the precision that they were computed in, by default their own."""
-    import torch
-
-    tolerance = SAME[str(computed_in or one.dtype).removeprefix("torch.")]
-    distance = torch.linalg.vector_norm((one - other).float())
-    return bool(distance <= tolerance * torch.linalg.vector_norm(one.float()))

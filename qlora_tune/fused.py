@@ -24,129 +24,149 @@ from torch.nn import functional
 from qlora_tune.layout import BLOCK, HEAD_ROWS, HEAD_WORDS, LONGEST_PLAIN, WHOLE, query_blocks
 
 HEAD_ROUND = 64  # positions are filled up to a multiple of this, as oneDNN makes a kernel for every new shape
-Adapter = tuple[Tensor, Tensor]
+Matrices = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter of one linear layer: `matrices()` gives its [r, in] and [out, r] as they are now, or None twice."""
+
+    matrices: Callable[[], Matrices]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Adapters side by side in the compute precision: [R, in] and, in a block for each layer, scaled, [out, R]."""
+
+    a: Tensor
+    b: Tensor
+    blocks: list[tuple[slice, slice, float]]  # each layer's part of R and of the outputs, and its scaling
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer, with or without a LoRA adapter beside it.
+    """Frozen linear layers of the same input as one, with or without LoRA adapters beside them.
 
-    `weight()` gives [out, in] in the compute precision: kept, or dequantized at once. `matrices()` gives the adapter's
-    [r, in] and [out, r] as they are now, in float32.
+    `weight()` gives [out, in] in the compute precision, kept or dequantized at once; `sizes` are the layers' outputs.
     """
 
     weight: Callable[[], Tensor]
-    bias: Tensor | None = None
-    matrices: Callable[[], tuple[Tensor | None, Tensor | None]] = lambda: (None, None)
-    scaling: float = 1.0
-    copies: list[Tensor] = field(default_factory=list)
+    bias: Tensor | None
+    sizes: list[int]
+    loras: list[Lora | None]
+    copies: dict[torch.dtype, Stacked] = field(default_factory=dict)
 
-    def adapter(self, dtype: torch.dtype) -> Adapter | None:
-        """The adapter's matrices in the compute precision.
+    def matrices(self) -> list[Tensor | None]:
+        """All adapters' matrices, for autograd to know them."""
+        return [matrix for lora in self.loras for matrix in (lora.matrices() if lora else (None, None))]
+
+    def adapter(self, dtype: torch.dtype) -> Stacked | None:
+        """The adapters as they are now.
 
         Copies always lie in the same place: made anew, they would lie between activations (recompute.Place).
         """
-        lora_a, lora_b = self.matrices()
-        if lora_a is None or lora_b is None:
+        found = [lora.matrices() if lora else (None, None) for lora in self.loras]
+        if all(a is None for a, _ in found):
             return None
-        if lora_a.dtype == dtype:
-            return lora_a.detach(), lora_b.detach()
-        if not self.copies:
-            self.copies.extend(torch.empty_like(matrix, dtype=dtype) for matrix in (lora_a, lora_b))
-        for copy, matrix in zip(self.copies, (lora_a, lora_b), strict=True):
-            copy.copy_(matrix.detach())
-        return self.copies[0], self.copies[1]
+        if dtype not in self.copies:
+            self.copies[dtype] = self._make_copies(found, dtype)
+        stacked = self.copies[dtype]
+        for (a, b), (inner, outer, scaling) in zip(found, stacked.blocks, strict=True):
+            if a is not None and b is not None:
+                stacked.a[inner].copy_(a.detach())
+                stacked.b[outer, inner].copy_(b.detach().mul(scaling))
+        return stacked
 
-    def forward(self, x: Tensor, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
-        """[n, in] to [n, out], and what lies between the adapter's matrices: [n, r]."""
+    def _make_copies(self, found: Sequence[Matrices], dtype: torch.dtype) -> Stacked:
+        blocks, rank, out = [], 0, 0
+        for (a, _), lora, size in zip(found, self.loras, self.sizes, strict=True):
+            more = 0 if a is None else len(a)
+            blocks.append((slice(rank, rank + more), slice(out, out + size), lora.scaling if lora else 0.0))
+            rank, out = rank + more, out + size
+        some = next(a for a, _ in found if a is not None)
+        a, b = some.new_zeros(rank, some.shape[1], dtype=dtype), some.new_zeros(out, rank, dtype=dtype)
+        return Stacked(a.detach(), b.detach(), blocks)
+
+    def forward(self, x: Tensor, adapter: Stacked | None) -> tuple[Tensor, Tensor | None]:
+        """[n, in] to [n, out], and what lies between the adapters' matrices: [n, R]."""
         y = functional.linear(x, self.weight(), self.bias)
         if adapter is None:
             return y, None
-        inner = x @ adapter[0].t()
-        return y.addmm_(inner, adapter[1].t(), alpha=self.scaling), inner
+        inner = x @ adapter.a.t()
+        return y.addmm_(inner, adapter.b.t()), inner
 
-    def input_gradient(
-        self, grad: Tensor, of_inner: Tensor | None, adapter: Adapter | None, onto: Tensor | None = None
-    ) -> Tensor:
-        """Gradient [n, in] from that of the output [n, out] and of what lies between the adapter's matrices.
-
-        It is added onto another one where that is given, which saves a pass.
-        """
-        of_x = grad @ self.weight() if onto is None else onto.addmm_(grad, self.weight())
-        return of_x if adapter is None else of_x.addmm_(of_inner, adapter[0])
-
-    def inner_gradient(self, grad: Tensor, adapter: Adapter | None) -> Tensor | None:
-        """Gradient [n, r] of what lies between the adapter's matrices."""
-        return None if adapter is None else (grad @ adapter[1]).mul_(self.scaling)
-
-    def adapter_gradients(self, grad: Tensor, of_inner: Tensor, x: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the adapter's matrices, float32."""
-        of_a = (of_inner.t() @ x).to(torch.float32)
-        return of_a, (inner.t() @ grad).t().to(torch.float32).mul_(self.scaling)
+    def backward(
+        self, grad: Tensor, x: Tensor, inner: Tensor | None, adapter: Stacked | None, needed: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the input [n, in], where needed, and of matrices(), float32, from the one of the output."""
+        of_x = grad @ self.weight() if needed else None
+        if adapter is None or inner is None:
+            return of_x, [None] * (2 * len(self.loras))
+        of_inner = grad @ adapter.b
+        if of_x is not None:
+            of_x.addmm_(of_inner, adapter.a)
+        of_a, found = of_inner.t() @ x, list[Tensor | None]()
+        for at, out, scaling in adapter.blocks:
+            if at.start == at.stop:
+                found += [None, None]
+            else:
+                of_b = (inner[:, at].t() @ grad[:, out]).t()
+                found += [of_a[at].to(torch.float32), of_b.to(torch.float32).mul_(scaling)]
+        return of_x, found
 
 
 class Linear(Function):  # type: ignore[misc]
-    """A projection of x [..., in], with gradients for x, lora_a and lora_b."""
+    """The projections of x [..., in], one output for each layer, with gradients for x and the adapters' matrices."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, projection: Projection) -> Tensor:
+    def forward(ctx: Any, x: Tensor, projection: Projection, *_: Tensor | None) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         adapter = projection.adapter(x.dtype)
         y, inner = projection.forward(flat, adapter)
         ctx.projection, ctx.adapter = projection, adapter
         ctx.save_for_backward(flat if adapter else None, inner)
-        return y.view(*x.shape[:-1], -1)
+        outputs: tuple[Tensor, ...] = y.view(*x.shape[:-1], -1).split(projection.sizes, -1)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        projection, adapter = ctx.projection, ctx.adapter
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
         x, inner = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        of_inner = projection.inner_gradient(flat, adapter)
-        of_x = projection.input_gradient(flat, of_inner, adapter) if ctx.needs_input_grad[0] else None
-        of_a, of_b = projection.adapter_gradients(flat, of_inner, x, inner) if adapter else (None, None)
-        return None if of_x is None else of_x.view(*grad.shape[:-1], -1), of_a, of_b, None
+        of_x, found = ctx.projection.backward(flat, x, inner, ctx.adapter, ctx.needs_input_grad[0])
+        return None if of_x is None else of_x.view(*grad.shape[:-1], -1), None, *found
 
 
 class SwiGLU(Function):  # type: ignore[misc]
     """down(silu(gate(x)) * up(x)) for x [..., d]. Keeps two of the four products that the stock layer keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Sequence[Projection], *_: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, both: Projection, down: Projection, *_: Tensor | None) -> Tensor:
+        """`both` are gate and up."""
         flat = x.reshape(-1, x.shape[-1])
-        gate, up, down = projections
-        adapters = [projection.adapter(x.dtype) for projection in projections]
-        gated, of_gate = gate.forward(flat, adapters[0])
-        raised, of_up = up.forward(flat, adapters[1])
-        y, of_down = down.forward(functional.silu(gated).mul_(raised), adapters[2])
-        ctx.projections, ctx.adapters = projections, adapters
-        ctx.save_for_backward(flat, gated, raised, of_gate, of_up, of_down)
+        ctx.projections, ctx.adapters = (both, down), (both.adapter(x.dtype), down.adapter(x.dtype))
+        raised, of_both = both.forward(flat, ctx.adapters[0])
+        gate, up = raised.chunk(2, -1)
+        y, of_down = down.forward(functional.silu(gate).mul_(up), ctx.adapters[1])
+        ctx.save_for_backward(flat, raised, of_both, of_down)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, gated, raised, of_gate, of_up, of_down = ctx.saved_tensors
-        gate, up, down = ctx.projections
+        x, raised, of_both, of_down = ctx.saved_tensors
+        (both, down), (for_both, for_down) = ctx.projections, ctx.adapters
+        gate, up = raised.chunk(2, -1)
+        swish = functional.silu(gate)
         flat = grad.reshape(-1, grad.shape[-1])
-        swish = functional.silu(gated)
-        found: list[Tensor | None] = []
-
-        def pull(
-            projection: Projection, at: int, into: Tensor, came: Tensor, inner: Tensor, onto: Tensor | None = None
-        ) -> Tensor | None:
-            """Gradient of a projection's input; those of its adapter are put aside."""
-            adapter = ctx.adapters[at]
-            of_inner = projection.inner_gradient(into, adapter)
-            found.extend(projection.adapter_gradients(into, of_inner, came, inner) if adapter else (None, None))
-            wanted = at == 2 or ctx.needs_input_grad[0]
-            return projection.input_gradient(into, of_inner, adapter, onto) if wanted else None
-
-        of_product = pull(down, 2, flat, swish * raised, of_down)
+        of_product, last = down.backward(flat, swish * up, of_down, for_down, True)
         assert of_product is not None
-        of_swish = of_product * raised
-        of_x = pull(up, 1, of_product.mul_(swish), x, of_up)
-        of_x = pull(gate, 0, torch.ops.aten.silu_backward(of_swish, gated), x, of_gate, of_x)
-        return None if of_x is None else of_x.view(grad.shape), None, *found[4:], *found[2:4], *found[:2]
+        into = torch.empty_like(raised)
+        into_gate, into_up = into.chunk(2, -1)
+        torch.mul(of_product, swish, out=into_up)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=into_gate)
+        of_x, first = both.backward(into, x, of_both, for_both, ctx.needs_input_grad[0])
+        return None if of_x is None else of_x.view(grad.shape), None, None, *first, *last
 
 
 class RMSNorm(Function):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
-from qlora_tune.fast import only_adapter, weight_of
+from qlora_tune.layers import only_adapter, weight_of
 from qlora_tune.tool_text import Tools
 from qlora_tune.turns import Message
 

@@ -46,6 +46,7 @@ ORDER = [
     "pace",
     "preview",
     "fused",
+    "layers",
     "recompute",
     "fast",
     "generate",
@@ -108,8 +109,8 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
         "trl": {"trainer"},
-        "peft": {"model", "fast", "trainer", "export"},
-        "bitsandbytes": {"fast"},
+        "peft": {"model", "layers", "trainer", "export"},
+        "bitsandbytes": {"layers"},
         "gradio": set(),
     }
     for library, places in allowed.items():

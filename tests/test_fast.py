@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections import Counter
+from itertools import permutations
 from random import Random
 from typing import Any
 
@@ -129,8 +130,7 @@ def test_every_part_of_the_builtin_base_is_replaced(exact: Any) -> None:
     with opened(exact):
         names = Counter(name.rpartition(".")[2] for name in in_place(exact)["forwards"])
     layers = exact.config.num_hidden_layers
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    parts = [*linear, "mlp", "input_layernorm", "post_attention_layernorm"]
+    parts = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_layernorm", "post_attention_layernorm"]
     assert {name: names[name] for name in parts} == dict.fromkeys(parts, layers)
     assert names["norm"] == 1
 
@@ -309,6 +309,24 @@ def test_noise_is_alpha_over_the_root_of_length_times_width(exact: Any) -> None:
         assert part.abs().max() > 0.95 * limit
         assert part.square().mean().sqrt().item() == pytest.approx(limit / math.sqrt(3), rel=0.1)
         assert abs(part.mean().item()) < 0.1 * limit
+
+
+def test_queries_keys_and_values_may_be_asked_for_in_any_order_and_of_any_input(exact: Any) -> None:
+    attention = exact.get_base_model().base_model.layers[0].self_attn
+    names = ("q_proj", "k_proj", "v_proj")
+    one, other = torch.randn(2, 1, 7, exact.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = {(name, which): getattr(attention, name)(x) for name in names for which, x in enumerate((one, other))}
+        with opened(exact):
+            orders = [[(name, 0) for name in order] for order in permutations(names)]
+            orders += [[("q_proj", 0), ("k_proj", 1), ("v_proj", 0)], [("k_proj", 0), ("k_proj", 0), ("v_proj", 1)]]
+            for order in orders:
+                for name, which in order:
+                    found = getattr(attention, name)((one, other)[which])
+                    assert torch.allclose(found, stock[name, which], rtol=1e-5, atol=1e-5)
+            for name in names:
+                getattr(attention, name)(one)
+            assert attention.q_proj.forward.func.__self__.x is None  # nothing is held once all were asked for
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_tune import fused
-from qlora_tune.fused import Projection
+from qlora_tune.fused import Lora, Projection
 
 SCALING = 1.7
 
@@ -56,8 +56,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | Non
     return y + functional.linear(functional.linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype)) * SCALING
 
 
-def projection(weight: Tensor, bias: Tensor | None, *adapter: Tensor | None) -> Projection:
-    return Projection(lambda: weight, bias, lambda: (adapter[0], adapter[1]), SCALING)
+def projection(*layers: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]) -> Projection:
+    """Linear layers of the same input, each with weight, bias and its adapter's matrices, as one projection."""
+    weights, biases, *_ = zip(*layers, strict=True)
+    loras = [None if a is None else Lora(lambda a=a, b=b: (a, b), SCALING) for _, _, a, b in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    return Projection(lambda: torch.cat(weights), bias, [len(weight) for weight in weights], loras)
 
 
 def linear(adapter: bool, bias: bool) -> Case:
@@ -74,7 +78,8 @@ def linear(adapter: bool, bias: bool) -> Case:
         lora_a: Tensor | None = None,
         lora_b: Tensor | None = None,
     ) -> Tensor:
-        return fused.Linear.apply(x, lora_a, lora_b, projection(weight, bias, lora_a, lora_b))
+        (y,) = fused.Linear.apply(x, projection((weight, bias, lora_a, lora_b)), lora_a, lora_b)
+        return y
 
     def stock(x: Tensor, weight: Tensor, bias: Tensor | None = None, **adapter: Tensor) -> Tensor:
         return project(x, weight, bias, adapter.get("lora_a"), adapter.get("lora_b"))
@@ -82,11 +87,10 @@ def linear(adapter: bool, bias: bool) -> Case:
     return Case(fast, stock, tensors, ("x", "lora_a", "lora_b") if adapter else ("x",))
 
 
-def swiglu(adapted: str, bias: bool) -> Case:
-    """Of gate, up and down (g, u, d), those named have an adapter."""
+def several(sizes: dict[str, tuple[int, int]], adapted: str, bias: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of layers of the same input, named by a letter, with [in, out]; and what is learned."""
     tensors, learned = {"x": random(2, 37, 24, seed=0)}, ["x"]
-    for at, name in enumerate("gud"):
-        wide, high = (24, 56) if name != "d" else (56, 24)
+    for at, (name, (wide, high)) in enumerate(sizes.items()):
         tensors[f"weight_{name}"] = random(high, wide, seed=10 + at) / 5
         if bias:
             tensors[f"bias_{name}"] = random(high, seed=20 + at)
@@ -94,14 +98,36 @@ def swiglu(adapted: str, bias: bool) -> Case:
             tensors[f"lora_a_{name}"] = random(8, wide, seed=30 + at) / 5
             tensors[f"lora_b_{name}"] = random(high, 8, seed=40 + at) / 5
             learned += [f"lora_a_{name}", f"lora_b_{name}"]
+    return tensors, learned
 
-    def parts(named: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        kinds = ("bias", "lora_a", "lora_b")
-        return named[f"weight_{name}"], *(named.get(f"{kind}_{name}") for kind in kinds)  # type: ignore[return-value]
+
+def parts(named: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    kinds = ("bias", "lora_a", "lora_b")
+    return named[f"weight_{name}"], *(named.get(f"{kind}_{name}") for kind in kinds)  # type: ignore[return-value]
+
+
+def side_by_side(adapted: str, bias: bool) -> Case:
+    """Of queries, keys and values (q, k, v), those named have an adapter."""
+    tensors, learned = several({"q": (24, 40), "k": (24, 16), "v": (24, 16)}, adapted, bias)
+
+    def fast(x: Tensor, **named: Tensor) -> Tensor:
+        each = [parts(named, name) for name in "qkv"]
+        return torch.cat(fused.Linear.apply(x, projection(*each), *(m for part in each for m in part[2:])), -1)
+
+    def stock(x: Tensor, **named: Tensor) -> Tensor:
+        return torch.cat([project(x, *parts(named, name)) for name in "qkv"], -1)
+
+    return Case(fast, stock, tensors, tuple(learned))
+
+
+def swiglu(adapted: str, bias: bool) -> Case:
+    """Of gate, up and down (g, u, d), those named have an adapter."""
+    tensors, learned = several({"g": (24, 56), "u": (24, 56), "d": (56, 24)}, adapted, bias)
 
     def fast(x: Tensor, **named: Tensor) -> Tensor:
         each = [parts(named, name) for name in "gud"]
-        return fused.SwiGLU.apply(x, [projection(*part) for part in each], *(m for part in each for m in part[2:]))
+        both, down = projection(*each[:2]), projection(each[2])
+        return fused.SwiGLU.apply(x, both, down, *(m for part in each for m in part[2:]))
 
     def stock(x: Tensor, **named: Tensor) -> Tensor:
         gate, up, down = (partial(project, **dict(zip(ARGUMENTS, parts(named, name), strict=True))) for name in "gud")
@@ -187,6 +213,9 @@ CASES = {
     "linear with a bias": linear(adapter=False, bias=True),
     "linear with an adapter": linear(adapter=True, bias=False),
     "linear with both": linear(adapter=True, bias=True),
+    "three linears": side_by_side("qkv", bias=False),
+    "three linears with biases": side_by_side("qkv", bias=True),
+    "three linears, two with adapters": side_by_side("qv", bias=False),
     "swiglu": swiglu("", bias=False),
     "swiglu with adapters": swiglu("gud", bias=False),
     "swiglu with adapters and biases": swiglu("gud", bias=True),
