@@ -116,15 +116,14 @@ def _project(parts: Sequence[tuple[Any, Any]], keep_weights: bool) -> Any:
     if some is not None:
         filled = [some.new_zeros(size) if b is None else b.detach() for b, size in zip(biases, sizes, strict=True)]
         bias = torch.cat(filled)
-    makers = [weight_of(linear, keep_weights and len(linears) == 1) for linear in linears]
+    makers = [weight_of(linear, False) for linear in linears]
 
     def weight() -> Any:
         return makers[0]() if len(makers) == 1 else torch.cat([make() for make in makers])
 
-    if keep_weights and len(makers) > 1 and all(hasattr(linear.weight, "quant_state") for linear in linears):
-        kept = weight()
-        return Projection(lambda: kept, bias, sizes, [lora for _, lora in parts])
-    return Projection(weight, bias, sizes, [lora for _, lora in parts])
+    quantized = all(getattr(linear.weight, "quant_state", None) is not None for linear in linears)
+    kept = weight() if keep_weights and quantized else None
+    return Projection(weight if kept is None else lambda: kept, bias, sizes, [lora for _, lora in parts])
 
 
 def only_adapter(module: Any) -> str | None:
