@@ -2,7 +2,8 @@
 
 Station between the tokenized rows and the trainer. Rows are laid end to end without padding and attend only to
 themselves; the loss is computed on learned positions only, in chunks; layers that are known save passes over memory
-(fused.py). Each piece is first compared with the stock one on this very model, and left out where it differs.
+(fused.py, attention.py). Each piece is first compared with the stock one on this very model, and left out where it
+differs.
 """
 
 from __future__ import annotations
@@ -90,38 +91,45 @@ def _fill(block: list[dict[str, list[int]]], multiple: int, already: int = 0) ->
 class FastModel:
     """A model with an adapter, as the fast path runs it. `fast_path` makes it."""
 
-    def __init__(self, model: Any, neftune_noise_alpha: float | None = None) -> None:
+    def __init__(self, model: Any, arena: Any, neftune_noise_alpha: float | None = None) -> None:
         self.model = model
         self.backbone = model.get_base_model().base_model
         self.embeddings = model.get_input_embeddings()
         self.noise = neftune_noise_alpha
+        self.arena = arena
         self._rows: Any = None
 
     def loss_sum(self, batch: MicroBatch) -> Any:
-        """Sum over the learned tokens of their negative log-likelihoods, float32 [nats]."""
+        """Sum over the learned tokens of their negative log-likelihoods, float32 [nats].
+
+        Where activations are recomputed its backward pass comes before the next micro-batch.
+        """
         from qlora_tune import fused
 
         hidden, head = self.hidden(batch), self.model.get_output_embeddings().weight
         learned = hidden.index_select(0, batch.learned.to(hidden.device))
-        return fused.CrossEntropy.apply(learned, head, batch.targets.to(hidden.device))
+        return fused.CrossEntropy.apply(learned, head, batch.targets.to(hidden.device), self.arena)
 
     def hidden(self, batch: MicroBatch) -> Any:
         """The last layer's states [n, d]."""
-        from qlora_tune import fused
+        from qlora_tune.attention import plan_rows
 
+        self.arena.used = True
         device = self.embeddings.weight.device
         embedded = self.embeddings(batch.input_ids.to(device))
         if self.noise and self.backbone.training:
             embedded = embedded + _noise(self.noise, embedded, batch.lengths)
-        self._rows = fused.plan_rows(batch.blocks, embedded.dtype, device)
+        self._rows = plan_rows(batch.blocks, embedded.dtype, device, self.arena)
         positions = batch.position_ids.to(device)
-        return self.backbone(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state[0]
+        found = self.backbone(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+        return found.last_hidden_state.squeeze(0)  # an index would give its gradient a copy more
 
     def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
         """Attention as Transformers calls it: query [1, heads, n, d], key and value alike, to [1, n, heads, d]."""
-        from qlora_tune import fused
+        from qlora_tune import attention
 
-        return fused.attend(query[0], key[0], value[0], self._rows, scaling).unsqueeze(0), None
+        found = attention.attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), self._rows, scaling)
+        return found.unsqueeze(0), None
 
 
 @contextmanager
@@ -142,10 +150,11 @@ def fast_path(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from qlora_tune.arena import Arena
     from qlora_tune.recompute import recompute_layers
 
     inner = model.get_base_model()
-    fast = FastModel(model, neftune_noise_alpha)
+    fast = FastModel(model, Arena(), neftune_noise_alpha)
     with ExitStack() as stack:
         usable = _rows_may_touch(inner.config.get_text_config(), longest)
         # The loss has no place for a bias, whose effect on the sample's loss may be too small to be seen.
@@ -157,11 +166,11 @@ def fast_path(
             stack.callback(ALL_ATTENTION_FUNCTIONS.pop, ATTENTION)  # it would keep the model in memory
             stack.callback(inner.set_attn_implementation, inner.config._attn_implementation)
             inner.set_attn_implementation(ATTENTION)
-            for module, forward in find_replacements(model, keep_weights):
+            for module, forward in find_replacements(model, keep_weights, fast.arena):
                 stack.enter_context(patch.object(module, "forward", forward))
             for place in rotating(inner):
                 stack.enter_context(
-                    patch.object(place, "apply_rotary_pos_emb", rotate_faster(place.apply_rotary_pos_emb))
+                    patch.object(place, "apply_rotary_pos_emb", rotate_faster(place.apply_rotary_pos_emb, fast.arena))
                 )
             if checkpointing:
                 stack.enter_context(recompute_layers(inner, offload))

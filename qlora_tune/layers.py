@@ -1,7 +1,7 @@
 """The linear layers, norms and MLPs of a model that fused functions stand in for, and how they are called.
 
-Station between the functions (fused.py) and the fast path that puts them in place. Norms and rotary embeddings are
-first compared with the model's own.
+Station between the functions (fused.py, attention.py) and the fast path that puts them in place. Norms and rotary
+embeddings are first compared with the model's own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ QUERIES = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def find_replacements(model: Any, keep_weights: bool) -> list[tuple[Any, Callable[..., Any]]]:
-    """The modules that a fused function stands in for, each with its new forward."""
+def find_replacements(model: Any, keep_weights: bool, arena: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """The modules that a fused function stands in for, each with its new forward, which keeps tensors in the arena."""
     from torch.nn import SiLU
 
     from qlora_tune import fused
@@ -31,13 +31,13 @@ def find_replacements(model: Any, keep_weights: bool) -> list[tuple[Any, Callabl
     replaced: dict[Any, Callable[..., Any]] = {}
 
     def project(*modules: Any) -> Any:
-        return _project([linears[module] for module in modules], keep_weights)
+        return _project([linears[module] for module in modules], keep_weights, arena)
 
     for module in outside:
         queries, mlp = ([getattr(module, name, None) for name in names] for names in (QUERIES, MLP))
         act = getattr(module, "act_fn", None)
         if type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
-            replaced[module] = partial(_norm, fused.RMSNorm.apply, module)
+            replaced[module] = partial(_norm, fused.RMSNorm.apply, module, arena)
         elif linears.keys() >= {*mlp} and (isinstance(act, SiLU) or type(act).__name__ == "SiLUActivation"):
             replaced[module] = partial(_swiglu, fused.SwiGLU.apply, project(*mlp[:2]), project(mlp[2]))
             for linear in mlp:
@@ -71,8 +71,8 @@ def _swiglu(apply: Callable[..., Any], both: Any, down: Any, x: Any) -> Any:
     return apply(x, both, down, *both.matrices(), *down.matrices())
 
 
-def _norm(apply: Callable[..., Any], norm: Any, x: Any) -> Any:
-    return apply(x, norm.weight, _epsilon(norm))
+def _norm(apply: Callable[..., Any], norm: Any, arena: Any, x: Any) -> Any:
+    return apply(x, norm.weight, _epsilon(norm), arena)
 
 
 def _linear_part(module: Any) -> tuple[Any, Any] | None:
@@ -102,7 +102,7 @@ def _linear_part(module: Any) -> tuple[Any, Any] | None:
     return base, Lora(matrices, module.scaling[name])
 
 
-def _project(parts: Sequence[tuple[Any, Any]], keep_weights: bool) -> Any:
+def _project(parts: Sequence[tuple[Any, Any]], keep_weights: bool, arena: Any) -> Any:
     """Linear layers of the same input as one projection."""
     import torch
 
@@ -119,11 +119,11 @@ def _project(parts: Sequence[tuple[Any, Any]], keep_weights: bool) -> Any:
     makers = [weight_of(linear, False) for linear in linears]
 
     def weight() -> Any:
-        return makers[0]() if len(makers) == 1 else torch.cat([make() for make in makers])
+        return makers[0]() if len(makers) == 1 else arena.join([make() for make in makers], 0)
 
     quantized = all(getattr(linear.weight, "quant_state", None) is not None for linear in linears)
     kept = weight() if keep_weights and quantized else None
-    return Projection(weight if kept is None else lambda: kept, bias, sizes, [lora for _, lora in parts])
+    return Projection(weight if kept is None else lambda: kept, bias, sizes, [lora for _, lora in parts], arena)
 
 
 def only_adapter(module: Any) -> str | None:
@@ -172,17 +172,17 @@ def rotating(inner: Any) -> list[Any]:
     return [sys.modules[name] for name in sorted(homes) if hasattr(sys.modules[name], "apply_rotary_pos_emb")]
 
 
-def rotate_faster(stock: Callable[..., Any]) -> Callable[..., Any]:
+def rotate_faster(stock: Callable[..., Any], arena: Any) -> Callable[..., Any]:
     """Rotary position embeddings in fewer passes, where they are the usual ones on all of a head."""
     import torch
 
-    from qlora_tune.fused import Rotate
+    from qlora_tune.attention import Rotate
 
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **named: Any) -> Any:
         if rest or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
             return stock(q, k, cos, sin, *rest, **named)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        return Rotate.apply(q, cos, sin, arena), Rotate.apply(k, cos, sin, arena)
 
     chance = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 5, 8, generator=chance) for heads in (4, 2))

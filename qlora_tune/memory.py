@@ -1,38 +1,38 @@
 """What memory training will take, said before anything is loaded, and the settings by which it fits.
 
-Station before training: the card beside Start shows it, and train.py runs by it. Reads a base's config.json, and the
-headers of its safetensors where they are here; never a weight.
+Station before training: the card beside Start shows it, and train.py runs by it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from qlora_tune.base import BaseModel, read_header
+from qlora_tune.base import BaseModel
+from qlora_tune.base_shape import BaseShape, read_shape
 from qlora_tune.config import TrainConfig
 from qlora_tune.layout import BATCH_ROUND, BLOCK, HEAD_ROWS, HEAD_WORDS, LONGEST_PLAIN, WHOLE, group_rows, query_blocks
 from qlora_tune.model import Device, Precision, is_named, unknown_names
 from qlora_tune.prepare import PAD_TO, SHORT_ROWS, optimizer_of
 
-CPU_TOKENS = 2048  # a CPU gains little from larger micro-batches: 4,096 were 4 % faster for 0.6 GB more
+CPU_TOKENS = 4096  # a tenth faster than 2,048 on a base of 135M, for 1.3 GB more
 GPU_TOKENS = 8192
 TRL_HEAD_TOKENS, TRL_HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
 
 # Measured, or fitted to the peaks that estimate_memory names [bytes].
 CPU_LIBRARIES = 605_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
-# What glibc's heap holds for each byte in use on a CPU, holes included: of activations; of states kept for recomputing,
-# each of which leaves a hole; of the layer that is recomputed; of copies that come and go; of long rows' queries, which
-# sdpa copies.
-HELD, KEPT_STATES, RECOMPUTED, PASSING, LONG_QUERIES = 1.54, 5.73, 1.35, 4.73, 9.15
+# On a CPU what autograd keeps lies in an arena, to the byte. Passing tensors have places of several sizes there; what
+# the optimizer takes from glibc's heap, and torch for sums of gradients, leaves holes as large as the adapter.
+PASSING, HOLES = 4.3, 1.9
+SHAPE = 8_000_000  # oneDNN's kernels for each length of a micro-batch
 CUDA_LIBRARIES = 600_000_000  # CUDA context and workspaces; DESIGN section 5, not measured here
 TILE_COPIES = 8.6  # float32 copies of a tile of logits while its gradient is made without Triton
 HEAP_COPIES, HEAP_LIMIT = 17, 540_000_000  # of tiles below 32 MiB, which glibc's heap keeps; model._keep_freed_memory
+LENGTHS_FROM = 50  # steps
 # oneDNN's kernels for each padded length beyond those of the first steps; seen for up to 14 lengths.
 KERNELS, KERNELS_AT_FIRST, KERNELS_AT_MOST = 70_000_000, 6, 14
 SLACK = {2: 1.3, 4: 1.6}  # of plain activations, by bytes of a number: temporary copies, and what the allocator keeps
@@ -50,56 +50,6 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    """A base model's sizes [numbers of weights or units]."""
-
-    linear: dict[str, tuple[int, int]]  # the layers' 2-D weights by module name
-    other: int  # parameters that stay unquantized: embeddings, head, norms, biases
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    query: int  # width of all query heads
-    key_value: int  # width of all key, or value, heads
-    vocabulary: int
-
-    @property
-    def in_layers(self) -> int:
-        return sum(rows * columns for rows, columns in self.linear.values())
-
-
-@lru_cache(maxsize=4)
-def read_shape(base: BaseModel) -> BaseShape:
-    """Read a base's sizes from its config.json and the headers of its safetensors; what one lacks the other tells.
-
-    Of a base whose weights are not here yet, config.json alone tells: the model is built without memory.
-    """
-    config = base.read_config()
-    tensors = dict(_read_headers(base) if any(base.path.glob("*.safetensors")) else _build_empty(base))
-    if config.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
-    inside = {name: shape for name, shape in tensors.items() if re.search(r"\.\d+\.", name)}
-    linear = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in inside.items() if len(s) == 2}
-    outside = [(s[0], s[1]) for name, s in tensors.items() if name not in inside and len(s) == 2]
-    words, width = max(outside, key=math.prod, default=(0, 0))
-    hidden = _number(config, "hidden_size", "n_embd", "d_model") or width
-    heads = _number(config, "num_attention_heads", "n_head") or max(1, hidden // 64)
-    head = _number(config, "head_dim") or hidden // heads
-    return BaseShape(
-        linear=linear,
-        other=sum(math.prod(s) for s in tensors.values()) - sum(math.prod(s) for s in linear.values()),
-        layers=len({match[1] for name in linear if (match := re.search(r"\.(\d+)\.", name))})
-        or _number(config, "num_hidden_layers", "n_layer"),
-        hidden=hidden,
-        mlp=_number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
-        heads=heads,
-        query=heads * head,
-        key_value=(_number(config, "num_key_value_heads") or heads) * head,
-        vocabulary=_number(config, "vocab_size") or words,
-    )
 
 
 @dataclass(frozen=True)
@@ -168,9 +118,9 @@ def estimate_memory(
 
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
-    activations are held follows the functions in fused.py. On a CPU within 10 % in 21 of 24 combinations, and within
-    16 % in all, the libraries taken off (benchmarks/memory.py); the constants are fitted to the same 24. Loading the
-    base, which for a moment holds its file twice, is not covered. Not measured on a GPU.
+    activations are held follows the functions in fused.py. On a CPU within 10 % in 23 of 24 combinations, the libraries
+    taken off (benchmarks/memory.py); three of the constants are fitted to the same 24. Loading the base, which for a
+    moment holds all of its file, is not covered. Not measured on a GPU.
     """
     shape = read_shape(base)
     on_cpu = device.kind == "cpu"
@@ -197,46 +147,71 @@ def _fast_bytes(
     on_cpu: bool,
 ) -> dict[str, int]:
     """What the fast path holds for its largest micro-batch: the longest rows, as many as fit."""
-    rows = _longest_rows(config, fit.max_tokens, lengths)
-    tokens = sum(rows)
-    if on_cpu:
-        tokens = math.ceil(tokens / BATCH_ROUND) * BATCH_ROUND
     adapted = _adapted(shape, config)
     inner = unit * config.lora_r * len(adapted) / max(1, shape.layers)
-    states = tokens * unit * shape.hidden
-    layer = tokens * (unit * (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.mlp) + 8 + inner)
+    # Rows that attend by sdpa keep no scores, so that shorter ones may hold more.
+    found = [_largest_batch(config, fit.max_tokens, lengths)]
+    if on_cpu and (plain := [length for length in lengths if length <= LONGEST_PLAIN]):
+        found.append(_largest_batch(config, fit.max_tokens, plain))
+    held, tokens = max(_held_bytes(shape, fit, rows, unit, inner, on_cpu) for rows in found)
     learned = int(tokens * learned_share)
     tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
-    passing = float(max(copies, tile + learned * shape.hidden * (2 * unit + 8)))
-    if on_cpu:
-        layer += unit * shape.heads * sum(map(_scores, rows))
-        long_queries = LONG_QUERIES * unit * shape.query * sum(row for row in rows if row > LONGEST_PLAIN)
-        if fit.checkpointing:
-            held = KEPT_STATES * shape.layers * states + RECOMPUTED * layer
-        else:
-            held = HELD * (shape.layers * layer + 2 * states)
-        held += long_queries * (1 if fit.checkpointing else shape.layers)
-        passing *= PASSING
-    else:
-        layer += tokens * (unit * 2 * (shape.query - shape.key_value) + 4 * shape.heads)
-        waiting = 0 if fit.offload else shape.layers * states
-        held = (layer + waiting if fit.checkpointing else shape.layers * layer) + 2 * states
+    parameters = _adapter_parameters(adapted, config)
     parts = {
         "activations": int(held),
-        "temporary copies and loss head": int(passing),
-        "adapter in compute precision": _adapter_parameters(adapted, config) * unit,
+        "temporary copies and loss head": int(PASSING * (copies + tile))
+        if on_cpu
+        else max(copies, tile + learned * shape.hidden * (2 * unit + 8)),
+        "adapter in compute precision": parameters * unit,
     }
+    if on_cpu:
+        parts["holes in the heap"] = int(HOLES * 4 * parameters)
+        parts["kernels by length"] = SHAPE * _count_lengths(config, fit.max_tokens, lengths)
     if fit.keep_weights and config.load_in_4bit:
         parts["weights kept dequantized"] = shape.in_layers * unit
     return parts
 
 
-def _longest_rows(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> list[int]:
-    """Lengths of the largest micro-batch that these rows can make."""
+def _held_bytes(
+    shape: BaseShape, fit: Fit, rows: Sequence[int], unit: int, inner: float, on_cpu: bool
+) -> tuple[float, int]:
+    """What autograd keeps of a micro-batch of the fast path, fillers included, and its tokens."""
+    tokens = sum(rows)
+    if on_cpu:
+        tokens = math.ceil(tokens / BATCH_ROUND) * BATCH_ROUND
+    states = tokens * unit * shape.hidden
+    layer = tokens * (unit * (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.mlp) + 8 + inner)
+    by_sdpa = sum(row for row in rows if row > LONGEST_PLAIN) if on_cpu else tokens
+    layer += by_sdpa * (unit * max(0, 2 * (shape.query - shape.key_value)) + 4 * shape.heads)
+    if on_cpu:
+        layer += unit * shape.heads * sum(map(_scores, rows))
+    waiting = 0 if fit.offload else shape.layers * states
+    return (layer + waiting if fit.checkpointing else shape.layers * layer) + 2 * states, tokens
+
+
+def _largest_batch(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> list[int]:
+    """Lengths of the largest micro-batch that these rows can make: the longest, and what still fits beside it."""
+    rows: list[int] = []
+    room = max_tokens
+    for length in sorted(lengths, reverse=True):
+        if not rows or length <= room:
+            rows.append(length)
+            room -= length
+        if len(rows) == config.per_device_train_batch_size * config.gradient_accumulation_steps:
+            break
+    return rows
+
+
+def _count_lengths(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> int:
+    """How many lengths micro-batches have, fillers included, in the first steps; later ones bring few new ones."""
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    longest = sorted(lengths, reverse=True)[:effective]
-    return [longest[index] for index in group_rows(longest, max_tokens)[0]]
+    steps = min(config.max_steps, LENGTHS_FROM) if config.max_steps > 0 else LENGTHS_FROM
+    batches = (lengths[start : start + effective] for start in range(0, len(lengths), effective))
+    sums = (
+        sum(batch[row] for row in group) for batch in islice(batches, steps) for group in group_rows(batch, max_tokens)
+    )
+    return len({math.ceil(tokens / BATCH_ROUND) for tokens in sums})
 
 
 def _scores(length: int) -> int:
@@ -285,31 +260,6 @@ def peak_bytes(device: Device) -> int:
     if status.exists():  # getrusage counts what the parent process held before exec
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     return int(psutil.Process().memory_info().rss)
-
-
-def _read_headers(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
-    """Each tensor's name and shape."""
-    for file in sorted(base.path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = read_header(stream)[1]
-        yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _build_empty(base: BaseModel) -> Iterator[tuple[str, list[int]]]:
-    """Each tensor's name and shape, of a model on torch's meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    yield from ((name, list(parameter.shape)) for name, parameter in model.named_parameters())
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these entries that is a number; 0 where none is."""
-    found = (config.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int) and value > 0), 0)
 
 
 def _weight_bytes(shape: BaseShape, config: TrainConfig, unit: int) -> dict[str, int]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_tune.base import BaseModel
+from qlora_tune.base_shape import read_shape
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import TuneError
-from qlora_tune.memory import read_shape
 from qlora_tune.model import Device, Precision
 from qlora_tune.runs import Run
 

@@ -1,6 +1,6 @@
 """Activation checkpointing that leaves no holes in the heap, and can wait in the host's memory.
 
-Station inside the fast path, beside fused.py; like it, to be imported inside a function, as it needs torch.
+Station inside the fast path, beside fused.py. Imports torch at its top: to be imported inside a function.
 """
 
 from __future__ import annotations
@@ -16,35 +16,28 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from qlora_tune.arena import Arena
+
 
 class Place:
-    """Where a layer's input waits for the backward pass, the same for every micro-batch.
+    """Where a layer's input waits for the backward pass: in an arena, on the GPU or, with `offload`, in host memory."""
 
-    All layers' places are made at once. A tensor of its own for each would come to lie between two layers' passing
-    ones, and what is freed beside it is too small for the next: glibc's heap held nine times their size (docs/log.md).
-    With `offload` inputs wait in the host's memory instead of the GPU's.
-    """
-
-    def __init__(self, others: list[Place], offload: bool) -> None:
-        self.others, self.offload = others, offload
-        self.space: Tensor | None = None
+    def __init__(self, arena: Arena, offload: bool) -> None:
+        self.arena, self.offload = arena, offload
+        self.waiting: Tensor | None = None
         self.device = torch.device("cpu")
-        self.shape = torch.Size()
         self.gradient: Tensor | None = None
 
     def put(self, x: Tensor) -> None:
-        if self.space is None or self.space.numel() < x.numel():
-            away = self.offload and x.is_cuda
-            for place in self.others:
-                device = "cpu" if away else x.device
-                place.space = torch.empty(x.numel(), dtype=x.dtype, device=device, pin_memory=away)
-        assert self.space is not None
-        self.device, self.shape = x.device, x.shape
-        self.space[: x.numel()].copy_(x.reshape(-1), non_blocking=True)
+        self.device = x.device
+        if self.offload and x.is_cuda:
+            self.waiting = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        else:
+            self.waiting = self.arena.keep(x.detach())
 
     def take(self) -> Tensor:
-        assert self.space is not None
-        return self.space[: self.shape.numel()].view(self.shape).to(self.device, non_blocking=True)
+        assert self.waiting is not None
+        return self.waiting.to(self.device, non_blocking=True).detach()
 
 
 class Put(Function):  # type: ignore[misc]
@@ -76,8 +69,9 @@ class Take(Function):  # type: ignore[misc]
         return grad.new_empty(0), None
 
 
-def recompute(place: Place, run: Callable[..., Any], x: Tensor, *rest: Any, **named: Any) -> Any:
+def recompute(arena: Arena, offload: bool, run: Callable[..., Any], x: Tensor, *rest: Any, **named: Any) -> Any:
     """run(x, ...), of which only x is kept, in its place; the backward pass runs it again (arXiv 1604.06174)."""
+    place = Place(arena, offload)
 
     def again(ticket: Tensor, *rest: Any, **named: Any) -> Any:
         return run(Take.apply(ticket, place), *rest, **named)
@@ -93,12 +87,11 @@ def recompute_layers(inner: Any, offload: bool) -> Iterator[None]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    places: list[Place] = []
+    arena = Arena(used=True)
     with ExitStack() as stack:
         for module in inner.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                places.append(Place(places, offload))
-                run = partial(recompute, places[-1])
+                run = partial(recompute, arena, offload)
                 stack.enter_context(patch.object(module, "gradient_checkpointing", True))
                 stack.enter_context(patch.object(module, "_gradient_checkpointing_func", run, create=True))
         yield

@@ -111,6 +111,7 @@ def build_trainer(
                 loss = fast.loss_sum(batch) / learned
                 self.accelerator.backward(loss)
                 total += loss.detach()
+                del loss  # what recomputing began with would stay beside the next micro-batch's
             self._total_train_tokens += sum(batch.tokens for batch in batches)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             return total

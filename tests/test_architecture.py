@@ -37,6 +37,7 @@ ORDER = [
     "tool_text",
     "chat_format",
     "base",
+    "base_shape",
     "model",
     "runs",
     "launch",
@@ -45,7 +46,9 @@ ORDER = [
     "memory",
     "pace",
     "preview",
+    "arena",
     "fused",
+    "attention",
     "layers",
     "recompute",
     "fast",
@@ -68,6 +71,7 @@ ORDER = [
     "__main__",
 ]
 MODULES = sorted(PACKAGE.glob("*.py"))
+OF_TORCH = {"arena", "fused", "attention", "recompute"}  # functions of torch throughout, imported inside functions
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gradio", "safetensors"}
 
 
@@ -98,11 +102,10 @@ def test_a_module_imports_only_from_those_before_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
-    # Functions of torch throughout; it is imported where it is used, inside functions.
-    allowed = {"torch"} if path.stem in ("fused", "recompute") else set()
     found = imports(path, top_level_only=True)
-    assert not {name.split(".")[0] for name in found} & HEAVY - allowed
-    assert not {"qlora_tune.fused", "qlora_tune.recompute"} & found
+    with_torch = path.stem in OF_TORCH
+    assert not {name.split(".")[0] for name in found} & HEAVY - ({"torch"} if with_torch else set())
+    assert with_torch or not {f"qlora_tune.{name}" for name in OF_TORCH} & found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

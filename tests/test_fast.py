@@ -359,13 +359,29 @@ def test_between_two_layers_only_their_places_hold_memory(exact: Any) -> None:
         loss = fast.loss_sum(batch)
         assert len(held) == len(hooks)
         assert not [tensor for tensor in held if tensor() is not None]
+        (states,), (kept,) = fast.backbone.layers[0]._gradient_checkpointing_func.args[0].kept, fast.arena.kept
+        one = batch.input_ids.numel() * 4 * exact.config.hidden_size
+        assert states.filled - states.start == len(fast.backbone.layers) * one
+        assert len(kept.memory) - kept.room < 3 * one  # the last norm's
         loss.backward()
-        places = [layer._gradient_checkpointing_func.args[0] for layer in fast.backbone.layers]
-        assert {place.space.numel() for place in places} == {batch.input_ids.numel() * exact.config.hidden_size}
-        assert not any(place.gradient is not None for place in places)
+        del loss
+        assert all(block.room == len(block.memory) - block.start for block in (states, kept))
         for hook in hooks:
             hook.remove()
     take_gradients(exact)
+
+
+def test_a_micro_batch_may_wait_for_its_backward_pass_while_another_runs(exact: Any) -> None:
+    """Memory of what autograd keeps is used again only when nothing in it is needed any more."""
+    first, second = (split_batch(draw_rows(lengths), 600, on_cpu=True)[0] for lengths in ((120, 33, 8), (90, 77)))
+    with opened(exact) as fast:
+        fast.loss_sum(first).backward()
+        fast.loss_sum(second).backward()
+        expected = take_gradients(exact)
+        waiting = fast.loss_sum(first)
+        fast.loss_sum(second).backward()
+        waiting.backward()
+    assert distance(take_gradients(exact), expected) < 1e-6
 
 
 def test_a_switched_off_adapter_is_the_base(exact: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from losses import Row, adapt, distance, draw_row, draw_rows, in_place, load, opened, plain, quick, unlearned, worst
 
-from qlora_tune import fused
+from qlora_tune import attention
 from qlora_tune.fast import fast_path, split_batch
 
 # ---------------------------------------------------------------- adapters
@@ -181,13 +181,13 @@ def test_rows_of_other_architectures_learn_the_same_whatever_their_neighbours(ki
 def test_a_base_whose_rows_would_see_each_other_is_noticed_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of random weights hardly tell; states that don't change with a neighbour's tokens do."""
     model = tiny("llama").to(torch.bfloat16)
-    plan_rows = fused.plan_rows
+    plan_rows = attention.plan_rows
 
-    def join(blocks: list[list[int]], dtype: Any, device: Any) -> Any:
-        return plan_rows([[sum(length for block in blocks for length in block)]], dtype, device)
+    def join(blocks: list[list[int]], *rest: Any) -> Any:
+        return plan_rows([[sum(length for block in blocks for length in block)]], *rest)
 
     with fast_path(model, longest=60, keep_weights=True) as fast:
         assert fast is not None
-    monkeypatch.setattr(fused, "plan_rows", join)
+    monkeypatch.setattr(attention, "plan_rows", join)
     with fast_path(model, longest=60, keep_weights=True) as fast:
         assert fast is None

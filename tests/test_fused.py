@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tune import fused
+from qlora_tune import attention, fused
 from qlora_tune.fused import Lora, Projection
 
 SCALING = 1.7
@@ -157,7 +157,7 @@ def rotate() -> Case:
     angles = torch.arange(29).unsqueeze(1) * 10.0 ** -torch.linspace(0, 3, 8)
     waves = {"cos": torch.cat([angles.cos()] * 2, -1)[None, None], "sin": torch.cat([angles.sin()] * 2, -1)[None, None]}
     rounded = {name: wave.bfloat16().float() for name, wave in waves.items()}
-    return Case(fused.Rotate.apply, stock, {"x": random(1, 6, 29, 16, seed=0), **rounded}, ("x",))
+    return Case(attention.Rotate.apply, stock, {"x": random(1, 6, 29, 16, seed=0), **rounded}, ("x",))
 
 
 def causal(lengths: Sequence[int]) -> Tensor:
@@ -167,7 +167,7 @@ def causal(lengths: Sequence[int]) -> Tensor:
     return (rows[:, None] == rows) & (at[:, None] >= at)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+def attending(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
     """Eager attention as Transformers writes it: [heads, n, d], softmax in float32."""
     k, v = (each.repeat_interleave(len(q) // len(each), 0) for each in (k, v))
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
@@ -181,10 +181,11 @@ def attend(heads: int, kv_heads: int, lengths: Sequence[int], height: int | None
     mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
     def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused.Attend.apply(q, k, v, mask.to(q.dtype), scale)
+        rows = attention.Rows([n], [mask.to(q.dtype)])
+        return attention.Attend.apply(q, k, v, rows, scale).transpose(0, 1)
 
     tensors = {name: random(h, n, width, seed=h + at) for at, (name, h) in enumerate([("q", heads), *kv])}
-    return Case(fast, partial(attention, seen=causal(lengths), scale=scale), tensors, ("q", "k", "v"))
+    return Case(fast, partial(attending, seen=causal(lengths), scale=scale), tensors, ("q", "k", "v"))
 
 
 def cross_entropy(positions: int, words: int) -> Case:
@@ -310,7 +311,7 @@ def test_nothing_learned_is_a_loss_of_zero() -> None:
 
 
 # Rows that attend in one product; one in one block of queries, one in several, and one that goes to sdpa.
-MIXED = [[5, 3, 8], [fused.WHOLE - 112], [fused.WHOLE + 88], [fused.LONGEST_PLAIN + 14], [1, 15]]
+MIXED = [[5, 3, 8], [attention.WHOLE - 112], [attention.WHOLE + 88], [attention.LONGEST_PLAIN + 14], [1, 15]]
 
 
 def drawn(blocks: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:
@@ -319,20 +320,20 @@ def drawn(blocks: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Sequence[int]]) -> Tensor:
-    return fused.attend(q, k, v, fused.plan_rows(blocks, q.dtype, q.device), 0.4)
+    return attention.attend(q, k, v, attention.plan_rows(blocks, q.dtype, q.device), 0.4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_every_length_attend_as_they_do_alone(dtype: torch.dtype) -> None:
     lengths = [length for block in MIXED for length in block]
-    plan = fused.plan_rows(MIXED, dtype, torch.device("cpu"))
+    plan = attention.plan_rows(MIXED, dtype, torch.device("cpu"))
     assert [mask is None for mask in plan.masks] == [False, False, False, True, False]
     assert len(plan.masks[1]) == sum(MIXED[1])
-    assert len(plan.masks[2]) == fused.BLOCK
+    assert len(plan.masks[2]) == attention.BLOCK
     one, other = ([each.to(dtype).requires_grad_() for each in drawn(MIXED)] for _ in range(2))
     found = attended(*one, MIXED)
     rows = zip(*(each.split(lengths, 1) for each in other), strict=True)
-    alone = [attention(*row, causal([row[0].shape[1]]), 0.4).transpose(0, 1) for row in rows]
+    alone = [attending(*row, causal([row[0].shape[1]]), 0.4).transpose(0, 1) for row in rows]
     expected = torch.cat(alone)
     grad = random(*expected.shape, seed=9).to(dtype)
     found.backward(grad)
@@ -358,7 +359,7 @@ def test_rows_never_see_each_other() -> None:
 
 
 def test_gradients_of_a_row_touch_no_other_row() -> None:
-    blocks = [[5, 3, 8], [fused.WHOLE + 88]]
+    blocks = [[5, 3, 8], [attention.WHOLE + 88]]
     leaves = [each.requires_grad_() for each in drawn(blocks)]
     attended(*leaves, blocks)[5:8].sum().backward()
     for leaf in leaves:
@@ -368,10 +369,12 @@ def test_gradients_of_a_row_touch_no_other_row() -> None:
     assert leaves[2].grad[:, 5:8].abs().min() > 0
 
 
-@pytest.mark.parametrize("length", [fused.WHOLE, fused.WHOLE + 1, fused.LONGEST_PLAIN, fused.LONGEST_PLAIN + 1])
+@pytest.mark.parametrize(
+    "length", [attention.WHOLE, attention.WHOLE + 1, attention.LONGEST_PLAIN, attention.LONGEST_PLAIN + 1]
+)
 def test_the_limits_between_kinds_of_attention_leave_no_step(length: int) -> None:
     q, k, v = drawn([[length]])
-    expected = attention(q, k, v, causal([length]), 0.4).transpose(0, 1)
+    expected = attending(q, k, v, causal([length]), 0.4).transpose(0, 1)
     assert distance(attended(q, k, v, [[length]]), expected) < 1e-5
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import settings
 from losses import adapt, distance, draw_row, draw_rows, in_place, opened, plain, quick, take_gradients, unlearned
 
-from qlora_tune import fused
+from qlora_tune import attention
 from qlora_tune import train as training
 from qlora_tune.export import KL_LIMIT, merge_adapter, open_adapter
 from qlora_tune.fast import split_batch
@@ -240,14 +240,14 @@ def test_rows_of_several_lengths_attend_as_they_do_alone_on_the_gpu(
     import torch
 
     device, dtype = torch.device("cuda", 0), getattr(torch, precision)
-    plan = fused.plan_rows([[length] for length in lengths], dtype, device)
-    kernel = fused._varlen_options() is not None and precision == "bfloat16"
+    plan = attention.plan_rows([[length] for length in lengths], dtype, device)
+    kernel = attention._varlen_options() is not None and precision == "bfloat16"
     assert (plan.starts is not None) == kernel
     assert not any(mask is not None for mask in plan.masks)
     chance = torch.Generator(device).manual_seed(0)
     shape = sum(lengths), 32
     q, k, v = (torch.randn(h, *shape, device=device, generator=chance).to(dtype).requires_grad_() for h in (6, 2, 2))
-    found = fused.attend(q, k, v, plan, 0.2)
+    found = attention.attend(q, k, v, plan, 0.2)
     pull = torch.randn(found.shape, device=device, generator=chance).to(dtype)
     results = [found.detach(), *torch.autograd.grad(found, (q, k, v), pull)]
     # The truth: each row alone, in float64.
