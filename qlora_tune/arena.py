@@ -57,8 +57,9 @@ class Arena:
 
     def __init__(self, used: bool = False) -> None:
         self.used = used
+        # The smallest block comes first in each.
         self.kept: list[Block] = []
-        self.places: list[Block] = []  # of passing tensors, the smallest first; so are those of gradients
+        self.places: list[Block] = []  # of passing tensors
         self.gradients: list[Block] = []
 
     def lasting(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -66,10 +67,7 @@ class Arena:
         size = math.prod(shape) * like.itemsize
         if not self._serves(like) or not size:
             return like.new_empty(shape)
-        block = next((block for block in self.kept if block.room >= size), None)
-        if block is None:
-            self.kept.append(block := Block(max(size, LASTING)))
-        return block.empty(shape, like.dtype)
+        return _find_block(self.kept, size, LASTING).empty(shape, like.dtype)
 
     def keep(self, x: Tensor) -> Tensor:
         """The tensor, if it is a lasting one, else a copy that is."""
@@ -95,15 +93,20 @@ class Arena:
         size = math.prod(shape) * dtype.itemsize
         if not self._serves(like) or size < SMALL:
             return like.new_empty(shape, dtype=dtype)
-        large_enough = islice(places, bisect_left(places, size, key=Block.size), None)
-        place = next((place for place in large_enough if place.room >= size), None)
-        if place is None:
-            place = Block(size)
-            insort(places, place, key=Block.size)
-        return place.empty(shape, dtype)
+        return _find_block(places, size, size).empty(shape, dtype)
 
     def _serves(self, like: Tensor) -> bool:
         return self.used and like.device.type == "cpu"
+
+
+def _find_block(blocks: list[Block], size: int, new_size: int) -> Block:
+    """The smallest block with room for so many bytes; where none has any, a new one of new_size or larger."""
+    large_enough = islice(blocks, bisect_left(blocks, size, key=Block.size), None)
+    block = next((block for block in large_enough if block.room >= size), None)
+    if block is None:
+        block = Block(max(size, new_size))
+        insort(blocks, block, key=Block.size)
+    return block
 
 
 HEAP = Arena()

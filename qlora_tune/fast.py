@@ -114,7 +114,7 @@ class FastModel:
         """The last layer's states [n, d]."""
         from qlora_tune.attention import plan_rows
 
-        self.arena.used = True
+        self.arena.used = True  # not before: weights that are kept, joined while the path is set up, would fill places
         device = self.embeddings.weight.device
         embedded = self.embeddings(batch.input_ids.to(device))
         if self.noise and self.backbone.training:

@@ -157,12 +157,11 @@ def _fast_bytes(
     learned = int(tokens * learned_share)
     tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
+    passing = PASSING * (copies + tile) if on_cpu else max(copies, tile + learned * shape.hidden * (2 * unit + 8))
     parameters = _adapter_parameters(adapted, config)
     parts = {
         "activations": int(held),
-        "temporary copies and loss head": int(PASSING * (copies + tile))
-        if on_cpu
-        else max(copies, tile + learned * shape.hidden * (2 * unit + 8)),
+        "temporary copies and loss head": int(passing),
         "adapter in compute precision": parameters * unit,
     }
     if on_cpu:

@@ -91,10 +91,10 @@ def quiet_stack(log_file: Path | None = None) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-    _keep_freed_memory(32 << 20)
+    _keep_freed_memory()
 
 
-def _keep_freed_memory(largest: int) -> None:
+def _keep_freed_memory(largest: int = 32 << 20) -> None:
     """Let glibc keep what was freed, of blocks up to this size [bytes], and 256 MiB of its heap lie idle.
 
     Otherwise every step gave its buffers back to the kernel and faulted them in again: a tenth of training's CPU time.
@@ -114,7 +114,7 @@ def whole_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        _keep_freed_memory(32 << 20)
+        _keep_freed_memory()
 
 
 def detect_device() -> Device:
