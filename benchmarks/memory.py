@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 24 combinations of shape, length of the longest row, rows of a micro-batch, rank and activation checkpointing, each
-trained for two steps of four micro-batches in a fresh process. Half of the rows have full length. The libraries'
+trained for four steps of four micro-batches in a fresh process. Half of the rows have full length. The libraries'
 constant is the peak of a base of next to nothing. Prints markdown; the last column is the estimate against the measured
 peak, the constant taken off both.
 """
@@ -19,7 +19,8 @@ from typing import Any
 
 from throughput import SHAPES, build_base, run_child, train_ours
 
-ACCUMULATION, STEPS = 4, 2
+ACCUMULATION, STEPS = 4, 4
+SEED = 1  # of the rows' lengths; the estimate's constants were fitted to those of seed 0
 TINY = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 COMBINATIONS = [
     *(("7M", 256, 4, 16, False), ("7M", 256, 16, 64, False), ("7M", 512, 4, 16, True), ("7M", 512, 2, 64, False)),
@@ -86,9 +87,9 @@ def run(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) ->
 
 
 def measure(folder: Path, length: int, rows: int, rank: int, checkpointing: bool) -> dict[str, Any]:
-    """Train two steps in this process. Returns the measured peak, the estimated one and its parts [bytes]."""
+    """Train in this process. Returns the measured peak, the estimated one and its parts [bytes]."""
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    chance = random.Random(0)
+    chance = random.Random(SEED)
     data = []
     for number in range(rows * ACCUMULATION * STEPS):
         size = length if number % 2 == 0 else chance.randint(length // 4, length)

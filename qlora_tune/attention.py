@@ -173,7 +173,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
     blocks, parts = [], zip(*(each.split(rows.sizes, dim=1) for each in (q, k, v)), strict=True)
     for (asked, keys, values), size, mask in zip(parts, rows.sizes, rows.masks, strict=True):
         if mask is None:
-            blocks.append(_attend_alone(asked, keys, values, scale))
+            # The kernel keeps its queries: in a passing place they would block it for everything larger.
+            blocks.append(_attend_alone(rows.arena.keep(asked), keys, values, scale))
         else:
             alone = Rows([size], [mask], arena=rows.arena)
             blocks.append(Attend.apply(asked, keys, values, alone, scale))

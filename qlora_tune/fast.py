@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from qlora_tune.chat_format import IGNORED
 from qlora_tune.layers import find_replacements, is_same, rotate_faster, rotating
-from qlora_tune.layout import BATCH_ROUND, BLOCK_ROUND, TOGETHER, group_rows
+from qlora_tune.layout import BATCH_ROUND, BLOCK_ROUND, group_blocks, group_rows
 
 ATTENTION = "qlora_tune_rows"  # the name of its attention in Transformers' table
 # Settings of models whose attention or head does what the fast path's does not.
@@ -57,13 +57,9 @@ def _lay_out(rows: Sequence[dict[str, list[int]]], on_cpu: bool) -> MicroBatch:
     """Lay rows end to end; on a CPU in blocks, with fillers that nothing is learned from."""
     import torch
 
-    blocks: list[list[dict[str, list[int]]]] = []
-    for row in rows:
-        if on_cpu and blocks and sum(len(r["input_ids"]) for r in [*blocks[-1], row]) <= TOGETHER:
-            blocks[-1].append(row)
-        else:
-            blocks.append([row])
+    blocks = [[row] for row in rows]
     if on_cpu:
+        blocks = [[rows[index] for index in block] for block in group_blocks([len(row["input_ids"]) for row in rows])]
         for block in blocks:
             _fill(block, BLOCK_ROUND)
         blocks.append([])

@@ -34,6 +34,17 @@ def group_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def group_blocks(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the rows of each block of a micro-batch on a CPU: those that attend in one product."""
+    blocks: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        if blocks and sum(lengths[other] for other in blocks[-1]) + length <= TOGETHER:
+            blocks[-1].append(index)
+        else:
+            blocks.append([index])
+    return blocks
+
+
 def query_blocks(length: int, height: int) -> list[tuple[int, int]]:
     """Start and end of each block of `height` queries of a row; a block sees the keys up to its own end."""
     return [(start, min(start + height, length)) for start in range(0, length, height)]

@@ -24,11 +24,14 @@ GPU_TOKENS = 8192
 TRL_HEAD_TOKENS, TRL_HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tiles of so many learned tokens x words
 
 # Measured, or fitted to the peaks that estimate_memory names [bytes].
-CPU_LIBRARIES = 605_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
-# On a CPU what autograd keeps lies in an arena, to the byte. Passing tensors have places of several sizes there; what
-# the optimizer takes from glibc's heap, and torch for sums of gradients, leaves holes as large as the adapter.
-PASSING, HOLES = 4.3, 1.9
-SHAPE = 8_000_000  # oneDNN's kernels for each length of a micro-batch
+CPU_LIBRARIES = 630_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
+# On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
+# some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
+# by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
+PASSING, HOLES, UNKEPT = 6.3, 1.3, 7.7
+# oneDNN's kernels for each length of a micro-batch beyond those of a short run. About 40 go with a length, and oneDNN
+# keeps 1,024 of them.
+SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 24_000_000, 8, 25
 CUDA_LIBRARIES = 600_000_000  # CUDA context and workspaces; DESIGN section 5, not measured here
 TILE_COPIES = 8.6  # float32 copies of a tile of logits while its gradient is made without Triton
 HEAP_COPIES, HEAP_LIMIT = 17, 540_000_000  # of tiles below 32 MiB, which glibc's heap keeps; model._keep_freed_memory
@@ -154,39 +157,51 @@ def _fast_bytes(
     if on_cpu and (plain := [length for length in lengths if length <= LONGEST_PLAIN]):
         found.append(_largest_batch(config, fit.max_tokens, plain))
     held, tokens = max(_held_bytes(shape, fit, rows, unit, inner, on_cpu) for rows in found)
+    by_kernel = max(_held_by_sdpa(shape, fit, rows, unit, on_cpu) for rows in found)
     learned = int(tokens * learned_share)
     tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
     passing = PASSING * (copies + tile) if on_cpu else max(copies, tile + learned * shape.hidden * (2 * unit + 8))
     parameters = _adapter_parameters(adapted, config)
     parts = {
-        "activations": int(held),
+        "activations": int(held + by_kernel),
         "temporary copies and loss head": int(passing),
         "adapter in compute precision": parameters * unit,
     }
     if on_cpu:
         parts["holes in the heap"] = int(HOLES * 4 * parameters)
-        parts["kernels by length"] = SHAPE * _count_lengths(config, fit.max_tokens, lengths)
-    if fit.keep_weights and config.load_in_4bit:
+        seen = min(_count_lengths(config, fit.max_tokens, lengths), SHAPES_AT_MOST)
+        parts["kernels by length"] = SHAPE * max(0, seen - SHAPES_AT_FIRST)
+    if config.load_in_4bit and fit.keep_weights:
         parts["weights kept dequantized"] = shape.in_layers * unit
+    elif config.load_in_4bit and on_cpu:
+        parts["weights in use dequantized"] = int(UNKEPT * unit * shape.in_layers / max(1, shape.layers))
     return parts
 
 
 def _held_bytes(
     shape: BaseShape, fit: Fit, rows: Sequence[int], unit: int, inner: float, on_cpu: bool
 ) -> tuple[float, int]:
-    """What autograd keeps of a micro-batch of the fast path, fillers included, and its tokens."""
+    """What the fast path's functions keep of a micro-batch, fillers included, and its tokens."""
     tokens = sum(rows)
     if on_cpu:
         tokens = math.ceil(tokens / BATCH_ROUND) * BATCH_ROUND
     states = tokens * unit * shape.hidden
     layer = tokens * (unit * (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.mlp) + 8 + inner)
-    by_sdpa = sum(row for row in rows if row > LONGEST_PLAIN) if on_cpu else tokens
-    layer += by_sdpa * (unit * max(0, 2 * (shape.query - shape.key_value)) + 4 * shape.heads)
     if on_cpu:
         layer += unit * shape.heads * sum(map(_scores, rows))
     waiting = 0 if fit.offload else shape.layers * states
     return (layer + waiting if fit.checkpointing else shape.layers * layer) + 2 * states, tokens
+
+
+def _held_by_sdpa(shape: BaseShape, fit: Fit, rows: Sequence[int], unit: int, on_cpu: bool) -> int:
+    """What sdpa keeps beside that: keys and values once for each query head, its result, a number for each query.
+
+    On a CPU these lie in the heap, and rows that attend otherwise don't use their memory.
+    """
+    tokens = sum(row for row in rows if not on_cpu or row > LONGEST_PLAIN)
+    copies = 2 * max(0, shape.query - shape.key_value) + (shape.query if on_cpu else 0)
+    return tokens * (unit * copies + 4 * shape.heads) * (1 if fit.checkpointing else shape.layers)
 
 
 def _largest_batch(config: TrainConfig, max_tokens: int, lengths: Sequence[int]) -> list[int]:

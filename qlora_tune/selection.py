@@ -10,9 +10,8 @@ import heapq
 import json
 import math
 import random
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from qlora_tune.chat_format import IGNORED, ChatFormat
 from qlora_tune.errors import ConfigError, TemplateError
+from qlora_tune.likelihood import PackedSequence, pack_sequence, score_sequences
 from qlora_tune.row_files import to_row, write_rows
 from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
@@ -30,8 +30,6 @@ SCORE_NAMES: dict[Criterion, str] = {"ifd": "ifd", "length": "answer_bytes", "di
 NO_HELP = "its prompt does not help: IFD of 1 or more"
 NO_SCORE = "can't be scored: longer than max_length, or without a word"
 NOT_CHOSEN = "not among the best"
-LEARNED_TOKENS = 1024  # a batch has no more, unless one sequence does: each takes a vocabulary's worth of memory
-LOSS_ROWS = 256  # so many positions at once are raised to float32
 NGRAM = 4  # [characters]
 NGRAM_BITS = 18  # n-grams are counted in 2 ** 18 buckets for their rarity, then folded into FEATURES signed sums
 FEATURES = 512
@@ -89,18 +87,11 @@ class Selection:
         return {task: (rows[task], chosen[task]) for task in sorted(rows)}
 
 
-class _Sequence(NamedTuple):
-    """Token ids and labels as 32-bit integers; bytes, so that equal ones are found and many fit into memory."""
-
-    ids: bytes
-    labels: bytes
-
-
 class _Pair(NamedTuple):
     """One example's sequences, and each of its answers alone; or why there are none."""
 
-    whole: list[_Sequence]
-    alone: list[_Sequence]
+    whole: list[PackedSequence]
+    alone: list[PackedSequence]
     problem: str = ""
 
 
@@ -127,7 +118,7 @@ def score_ifd(
     opening = chat.encode_prompt([Message(role="user", content="")])
     pairs = [_to_pair(chat, opening, example, max_length) for example in examples]
     distinct = list(dict.fromkeys(sequence for pair in pairs for sequence in (*pair.whole, *pair.alone)))
-    nll = _score_sequences(model, distinct, batch_size, on_progress)
+    nll = score_sequences(model, distinct, batch_size, on_progress)
     return [_to_difficulty(example.source, pair, nll) for example, pair in zip(examples, pairs, strict=True)]
 
 
@@ -198,93 +189,19 @@ def _to_pair(chat: ChatFormat, opening: list[int], example: Example, max_length:
     runs = (run for row in labels for run in groupby(row, key=lambda label: label != IGNORED))
     answers = [list(run) for learned, run in runs if learned]
     return _Pair(
-        [_pack(sequence.input_ids, row) for sequence, row in zip(sequences, labels, strict=True)],
-        [_pack([*opening, *answer], [IGNORED] * len(opening) + answer) for answer in answers],
+        [pack_sequence(sequence.input_ids, row) for sequence, row in zip(sequences, labels, strict=True)],
+        [pack_sequence([*opening, *answer], [IGNORED] * len(opening) + answer) for answer in answers],
         "" if answers else "has no answer to learn",
     )
 
 
-def _pack(ids: Sequence[int], labels: Sequence[int]) -> _Sequence:
-    return _Sequence(array("i", ids).tobytes(), array("i", labels).tobytes())
-
-
-def _count_learned(sequence: _Sequence) -> int:
-    return sum(label != IGNORED for label in memoryview(sequence.labels).cast("i"))
-
-
-def _to_difficulty(source: str, pair: _Pair, nll: Mapping[_Sequence, float]) -> Difficulty:
+def _to_difficulty(source: str, pair: _Pair, nll: Mapping[PackedSequence, float]) -> Difficulty:
     if pair.problem:
         return Difficulty(source, problem=pair.problem)
-    tokens = sum(map(_count_learned, pair.whole))
+    tokens = sum(sequence.learned for sequence in pair.whole)
     with_prompt, alone = (sum(nll[sequence] for sequence in part) / tokens for part in (pair.whole, pair.alone))
     problem = "" if math.isfinite(with_prompt + alone) else "the model gives it no finite likelihood"
     return Difficulty(source, tokens, with_prompt, alone, problem)
-
-
-def _score_sequences(
-    model: Any, sequences: Sequence[_Sequence], batch_size: int, on_progress: Callable[[int, int], None]
-) -> dict[_Sequence, float]:
-    """Negative log-likelihood [nats] of each sequence's learned tokens.
-
-    The longest go first: a device whose memory is too small fails at once, not at the end.
-    """
-    import torch
-
-    model.eval()
-    nll: dict[_Sequence, float] = {}
-    ordered = sorted(sequences, key=lambda sequence: -len(sequence.ids))
-    with torch.inference_mode():
-        for batch in _split_batches(ordered, batch_size):
-            nll.update(zip(batch, _score_batch(model, batch), strict=True))
-            on_progress(len(nll), len(ordered))
-    return nll
-
-
-def _split_batches(sequences: Iterable[_Sequence], batch_size: int) -> Iterator[list[_Sequence]]:
-    batch: list[_Sequence] = []
-    learned = 0
-    for sequence in sequences:
-        more = _count_learned(sequence)
-        if batch and (len(batch) == batch_size or learned + more > LEARNED_TOKENS):
-            yield batch
-            batch, learned = [], 0
-        batch.append(sequence)
-        learned += more
-    if batch:
-        yield batch
-
-
-def _score_batch(model: Any, batch: Sequence[_Sequence]) -> list[float]:
-    """One forward pass, with the output head at learned positions only.
-
-    The head is reached through the model's own forward, which scales or caps the logits in some families.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.nn.utils.rnn import pad_sequence
-
-    def to_tensors(packed: Iterable[bytes]) -> list[Any]:
-        return [torch.frombuffer(bytearray(row), dtype=torch.int32).long() for row in packed]
-
-    # Padding stands on the right, where causal attention doesn't see it: no mask needed, and any token serves.
-    ids = pad_sequence(to_tensors(row.ids for row in batch), batch_first=True).to(model.device)
-    labels = pad_sequence(to_tensors(row.labels for row in batch), batch_first=True, padding_value=IGNORED)
-    targets = labels[:, 1:].to(model.device)
-    learned = targets != IGNORED
-
-    def keep_learned(module: Any, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, :-1][learned].unsqueeze(0)
-        return output
-
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = causal.base_model.register_forward_hook(keep_learned)
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        hook.remove()
-    pieces = zip(logits.split(LOSS_ROWS), targets[learned].split(LOSS_ROWS), strict=True)
-    losses = torch.cat([cross_entropy(piece.float(), wanted, reduction="none") for piece, wanted in pieces])
-    return [float(row.sum()) for row in losses.cpu().split(learned.sum(dim=1).tolist())]
 
 
 def _find_unfit(scores: Sequence[float | None]) -> dict[int, str]:

@@ -22,6 +22,7 @@ from typing import Any
 from qlora_tune.documents import MAX_DOCUMENT_CHARS, Passage, read_documents
 from qlora_tune.errors import ConfigError, DataError, join_problems
 from qlora_tune.row_files import to_row, write_rows
+from qlora_tune.scores import measure_rouge_l, split_words
 from qlora_tune.shapes import Example
 from qlora_tune.turns import Message, RowError, check_turns
 
@@ -47,7 +48,6 @@ FORBIDDEN = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
     *("go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])\w)+")  # Han and kana: each a word
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,6 @@ def generate_pairs(
     return report
 
 
-def measure_rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
-    """ROUGE-L, the F1 of the longest common subsequence of two texts' words: 0 to 1."""
-    from rapidfuzz.distance import LCSseq
-
-    total = len(first) + len(second)
-    return 2 * LCSseq.similarity(first, second) / total if total else 0.0
-
-
 def refuse_proposal(proposal: Proposal, others: Sequence[str], filters: Filters) -> str | None:
     """Why a proposal is not kept beside these instructions; None when it is."""
     instruction, words = proposal.instruction, split_words(proposal.instruction)
@@ -186,11 +178,6 @@ def refuse_proposal(proposal: Proposal, others: Sequence[str], filters: Filters)
         if score >= filters.max_rouge_l:
             return f"ROUGE-L {score:.2f} with: {other[:80]}"
     return None
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text, without case or punctuation."""
-    return _WORD.findall(text.casefold())
 
 
 def _first_instruction(example: Example) -> str:

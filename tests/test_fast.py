@@ -29,8 +29,9 @@ from losses import (
 )
 
 from qlora_tune.chat_format import IGNORED
-from qlora_tune.fast import BATCH_ROUND, BLOCK_ROUND, TOGETHER, fast_path, split_batch
+from qlora_tune.fast import fast_path, split_batch
 from qlora_tune.generate import generate_answers
+from qlora_tune.layout import BATCH_ROUND, BLOCK_ROUND, TOGETHER
 
 MIXED = (9, 230, 31, 118, 64, 12)
 

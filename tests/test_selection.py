@@ -83,8 +83,8 @@ def test_the_batch_changes_nothing(
     model: Any, builtin: Any, sample: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = score_ifd(model, builtin[2], sample[:60], 512, 32)
-    monkeypatch.setattr("qlora_tune.selection.LEARNED_TOKENS", 5)
-    monkeypatch.setattr("qlora_tune.selection.LOSS_ROWS", 2)
+    monkeypatch.setattr("qlora_tune.likelihood.LEARNED_TOKENS", 5)
+    monkeypatch.setattr("qlora_tune.likelihood.LOSS_ROWS", 2)
     seen: list[int] = []
     apart = score_ifd(model, builtin[2], sample[:60], 512, 3, lambda done, total: seen.append(done))
     assert seen[0] == 1  # the longest goes first, and by itself: it has more tokens than a batch may
