@@ -46,13 +46,13 @@ def spread(values: list[float]) -> str:
 def total_table(seeds: list[Scores]) -> str:
     lines = ["| rows | count | base | tuned |", "| --- | ---: | ---: | ---: |"]
     for name in seeds[0]:
-        sides = [spread([scores[name][side] for scores in seeds]) for side in ("base", "tuned")]
-        lines.append(f"| {name} | {seeds[0][name]['rows']} | {' | '.join(sides)} |")
+        sides = [spread([scores[name]["all"][side]["exact_match"] for scores in seeds]) for side in ("base", "tuned")]
+        lines.append(f"| {name} | {seeds[0][name]['all']['rows']} | {' | '.join(sides)} |")
     return "\n".join(lines)
 
 
 def shares(scores: dict[str, Any], side: str) -> dict[str, float]:
-    return {task["task"]: task[side] / task["rows"] for task in scores["by_task"]}
+    return {task["task"]: task[side]["exact_match"] for task in scores["by_task"]}
 
 
 def task_table(seeds: list[Scores], names: list[str]) -> str:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from qlora_tune import terminal
 from qlora_tune.cli_data import DataFiles
 from qlora_tune.config import ResolvedConfig, TrainConfig, resolve_config
+from qlora_tune.contracts import NO_CONTRACTS, read_contracts
 from qlora_tune.errors import ConfigError, TuneError
 from qlora_tune.flags import AnySettings, given_flags
 from qlora_tune.launch import lock_device, refuse_busy_device
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
 OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
+CONTRACTS_HELP = "TOML file of what the answers of each task must hold, instead of the run's own."
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
 
@@ -60,13 +62,18 @@ def evaluate(
     run: Path | None = None,
     *,
     data: Annotated[tuple[str, ...], Parameter(help=OTHER_HELP, negative=(), show_default=False)] = (),
+    contracts: Annotated[Path | None, Parameter(help=CONTRACTS_HELP, show_default=False)] = None,
     runs_dir: RunsDir = "runs",
 ) -> None:
     """Score a finished run again: base and tuned model answer the held-out rows, or those of other files."""
     from qlora_tune.prepare import other_examples
 
     found = find_run(run, runs_dir)
-    config, trained = found.read_config(), open_trained(found, None)
+    config = found.read_config()
+    if contracts:
+        read_contracts(contracts)
+        config = config.model_copy(update={"contracts": str(contracts)})
+    trained = open_trained(found, None)
     examples, report = other_examples(found, data, trained.chat) if data else (found.read_heldout(), None)
     if report and report.problems:
         say(f"{report.rejected} of {report.rows_in} rows not scored:")
@@ -215,11 +222,12 @@ def _score(
             max_new_tokens=config.max_new_tokens,
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
+            contracts=read_contracts(Path(config.contracts)) if config.contracts else NO_CONTRACTS,
             on_progress=on_progress,
         )
     answers = scores.write_comparison(run, comparison, name)
     if not name:
         total = comparison.total()
-        run.update_state(score_base=total.base / total.rows, score_tuned=total.tuned / total.rows)
+        run.update_state(score_base=total.base[scores.HEADLINE], score_tuned=total.tuned[scores.HEADLINE])
     terminal.show_comparison(comparison)
     say(f"all answers: {answers}")

@@ -141,6 +141,9 @@ class TrainConfig(BaseModel):
         200, "Evaluation", "Held-out rows that base and tuned model answer; 0 skips scoring.", "rows", ge=0
     )
     max_new_tokens: int = setting(256, "Evaluation", "Longest answer when scoring.", "tokens", ge=1, le=100_000)
+    contracts: str | None = setting(
+        None, "Evaluation", "TOML file of what the answers of each task must hold: labels, regex, JSON schema, length."
+    )
 
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
     run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")

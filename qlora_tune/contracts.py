@@ -98,6 +98,9 @@ class Contracts:
         return [{**table, "labels": list(table["labels"])} if "labels" in table else table for table in found]
 
 
+NO_CONTRACTS = Contracts()
+
+
 def _leave_out_empty(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in fields if value not in (None, ())}
 

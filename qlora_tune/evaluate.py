@@ -1,25 +1,50 @@
-"""Proof: base and tuned model answer the same held-out rows, scored by task."""
+"""Proof: base and tuned model answer the same held-out rows, measured by task and in all."""
 
 from __future__ import annotations
 
+import math
 import random
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from operator import mul
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from qlora_tune.chat_format import ChatFormat
-from qlora_tune.errors import RunError
-from qlora_tune.generate import decode_answer, generate_answers
+from qlora_tune.chat_format import IGNORED, ChatFormat
+from qlora_tune.contracts import NO_CONTRACTS, Contracts, make_contracts
+from qlora_tune.errors import ConfigError, RunError
+from qlora_tune.generate import answer_prompts, context_length, decode_answer, faster_answers
+from qlora_tune.likelihood import PackedSequence, pack_sequence, score_sequences
 from qlora_tune.runs import Run, read_json, write_json
+from qlora_tune.scores import (
+    METRIC,
+    METRICS,
+    Interval,
+    average,
+    bootstrap_mean,
+    find_labels,
+    is_exact_match,
+    measure_answer,
+    measure_macro_f1,
+    normalise,
+    normalise_label,
+    write_value,
+)
 from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
+
+HEADLINE = "exact_match"
+BY_TASK = ("contract", "label_accuracy", "macro_f1", "json_valid", "json_f1", "chrf", "loss")  # beside it, by task
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One held-out row with both answers. The prompt is the conversation up to its last learned answer."""
+    """One held-out row with both answers. The prompt is the conversation up to its last learned answer.
+
+    `tokens` are those of the reference with its end of turn, and base_nll and tuned_nll their negative log-likelihoods
+    [nats]; None where the row is longer than the base's context. What is not known is None.
+    """
 
     source: str
     task: str
@@ -27,16 +52,22 @@ class Answered:
     reference: str
     base: str
     tuned: str
+    base_ended: bool | None = None
+    tuned_ended: bool | None = None
+    tokens: int = 0
+    base_nll: float | None = None
+    tuned_nll: float | None = None
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Exact matches of one task: counts of rows, and of rows answered right."""
+    """Measures of one task, by the names of scores.METRICS; `change` is tuned minus base, row by row."""
 
     task: str
     rows: int
-    base: int
-    tuned: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+    change: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -44,17 +75,25 @@ class Comparison:
     """Base against tuned on the same rows."""
 
     answers: list[Answered]
+    contracts: Contracts = NO_CONTRACTS
 
     def by_task(self) -> list[TaskScore]:
         """Scores by task, in alphabetical order."""
-        tasks: dict[str, list[Answered]] = {}
-        for answer in self.answers:
-            tasks.setdefault(answer.task, []).append(answer)
-        return [_score(task, tasks[task]) for task in sorted(tasks)]
+        return self._scores[1:]
 
     def total(self) -> TaskScore:
         """The score over all rows."""
-        return _score("all", self.answers)
+        return self._scores[0]
+
+    @cached_property
+    def _scores(self) -> list[TaskScore]:
+        tasks: dict[str, list[Answered]] = {}
+        for answer in self.answers:
+            tasks.setdefault(answer.task, []).append(answer)
+        measured = {task: _measure_task(tasks[task], self.contracts) for task in sorted(tasks)}
+        rows = [pair for found in measured.values() for pair in found]
+        by_task = [_score(task, tasks[task], found) for task, found in measured.items()]
+        return [_score("all", [], rows), *by_task]
 
 
 def compare(
@@ -66,6 +105,7 @@ def compare(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    contracts: Contracts = NO_CONTRACTS,
     on_progress: Callable[[str, int, int], None] = lambda who, done, total: None,
 ) -> Comparison:
     """Let an adapter's model answer held-out rows with the adapter and without it.
@@ -76,36 +116,54 @@ def compare(
     """
     chosen = _draw(examples, score_rows, seed)
     conversations = [_through_learned(example) for example in chosen]
-    prompts = [turns[:-1] for turns in conversations]
-    references = [_reference(chat, turns, example) for turns, example in zip(conversations, chosen, strict=True)]
-    lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
-    limit = min(max_new_tokens, max(lengths, default=0) + 16)
+    offered = [example.tools for example in chosen]
+    encoded = [chat.encode_answer(turns, tools) for turns, tools in zip(conversations, offered, strict=True)]
+    limit = min(max_new_tokens, max(map(len, encoded), default=0) + 16)
+    prompts = [chat.encode_prompt(turns[:-1], tools) for turns, tools in zip(conversations, offered, strict=True)]
+    context = context_length(model)
+    whole = [
+        pack_sequence([*prompt, *answer], [IGNORED] * len(prompt) + answer)
+        if len(prompt) + len(answer) <= context
+        else None
+        for prompt, answer in zip(prompts, encoded, strict=True)
+    ]
 
-    def answer(who: str) -> list[str]:
-        return generate_answers(
+    def ask(who: str) -> tuple[list[tuple[str, bool]], dict[PackedSequence, float]]:
+        found = answer_prompts(
             model,
             chat,
             prompts,
             max_new_tokens=limit,
             batch_size=batch_size,
-            tools=[example.tools for example in chosen],
             on_progress=lambda done: on_progress(who, done, len(prompts)),
         )
+        with faster_answers(model):
+            return found, score_sequences(model, [*dict.fromkeys(filter(None, whole))], batch_size)
 
     with model.disable_adapter():
-        base = answer("base")
-    tuned = answer("tuned")
+        before, base_nll = ask("base")
+    after, tuned_nll = ask("tuned")
     return Comparison(
         [
-            Answered(example.source, example.task or NO_TASK, prompt, reference, before, after)
-            for example, prompt, reference, before, after in zip(chosen, prompts, references, base, tuned, strict=True)
-        ]
+            Answered(
+                source=example.source,
+                task=example.task or NO_TASK,
+                prompt=turns[:-1],
+                reference=_reference(chat, turns, answer),
+                base=base,
+                tuned=tuned,
+                base_ended=base_ended,
+                tuned_ended=tuned_ended,
+                tokens=len(answer),
+                base_nll=base_nll.get(sequence) if sequence else None,
+                tuned_nll=tuned_nll.get(sequence) if sequence else None,
+            )
+            for example, turns, answer, sequence, (base, base_ended), (tuned, tuned_ended) in zip(
+                chosen, conversations, encoded, whole, before, after, strict=True
+            )
+        ],
+        contracts,
     )
-
-
-def is_exact_match(answer: str, reference: str) -> bool:
-    """Whether an answer is the reference, but for Unicode composition and white space. Case counts."""
-    return _normalise(answer) == _normalise(reference)
 
 
 def write_comparison(run: Run, comparison: Comparison, name: str = "") -> Path:
@@ -114,13 +172,11 @@ def write_comparison(run: Run, comparison: Comparison, name: str = "") -> Path:
     A `name` is set behind both, for rows that are not the run's own held-out ones.
     """
     end = f"-{name}" if name else ""
-    total = comparison.total()
     scores = {
-        "metric": "exact match",
-        "rows": total.rows,
-        "base": total.base / max(total.rows, 1),
-        "tuned": total.tuned / max(total.rows, 1),
+        "metrics": {metric.name: metric.meaning for metric in METRICS},
+        "all": asdict(comparison.total()),
         "by_task": [asdict(score) for score in comparison.by_task()],
+        "contracts": comparison.contracts.to_tables(),
         "answers": [asdict(answer) for answer in comparison.answers],
     }
     write_json(run.path / f"scores{end}.json", scores)
@@ -134,10 +190,11 @@ def read_comparison(run: Run, name: str = "") -> Comparison:
     path = run.path / f"scores{f'-{name}' if name else ''}.json"
     if not path.exists():
         raise RunError(f"{run.name} was not scored. Score it with: python -m qlora_tune evaluate {run.path}")
-    answers = read_json(path).get("answers", [])
+    content = read_json(path)
     try:
-        return Comparison([Answered(**{**answer, "prompt": tuple(answer["prompt"])}) for answer in answers])
-    except (TypeError, KeyError):
+        answers = [Answered(**{**answer, "prompt": tuple(answer["prompt"])}) for answer in content.get("answers", [])]
+        return Comparison(answers, make_contracts(content.get("contracts", []), str(path)))
+    except (TypeError, KeyError, ConfigError):
         raise RunError(f"{path}: holds answers of another form. Score the run again.") from None
 
 
@@ -156,7 +213,7 @@ def pick_answers(
 
     def key(answer: Answered) -> tuple[float, float]:
         tuned, base = (
-            Indel.normalized_similarity(_normalise(text), _normalise(answer.reference))
+            Indel.normalized_similarity(normalise(text), normalise(answer.reference))
             for text in (answer.tuned, answer.base)
         )
         return tuned, -base
@@ -175,9 +232,14 @@ def to_markdown(comparison: Comparison) -> str:
         [
             "# Base against tuned",
             "",
-            "Exact match on held-out rows, greedy answers.",
+            "Greedy answers to held-out rows. Changes are tuned minus base on the same rows, with the interval in",
+            "which they lie with 95 % confidence (paired bootstrap over rows).",
             "",
             score_table([*comparison.by_task(), comparison.total()]),
+            "",
+            "## All measures",
+            "",
+            measure_table(comparison.total()),
             "",
             "## Answers side by side",
             "",
@@ -187,14 +249,42 @@ def to_markdown(comparison: Comparison) -> str:
     )
 
 
-def score_table(scores: Iterable[TaskScore]) -> str:
-    """Scores as a markdown table."""
-    lines = ["| task | rows | base | tuned |", "| --- | ---: | ---: | ---: |"]
+def score_table(scores: Sequence[TaskScore]) -> str:
+    """Scores by task as a markdown table: exact match with its change, then what else the tasks are measured by."""
+    more = [METRIC[name] for name in BY_TASK if any(name in score.tuned for score in scores)]
+    heads = ["task", "rows", "base", "tuned", "change (95 %)", *(metric.label for metric in more)]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for score in scores:
-        rows = max(score.rows, 1)
-        cells = [table_cell(score.task), str(score.rows), f"{score.base / rows:.1%}", f"{score.tuned / rows:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        values = (write_value(HEADLINE, side.get(HEADLINE, 0.0)) for side in (score.base, score.tuned))
+        cells = [table_cell(score.task), str(score.rows), *values, write_change(score, HEADLINE)]
+        lines.append(f"| {' | '.join([*cells, *(_from_to(score, metric.name) for metric in more)])} |")
     return "\n".join(lines)
+
+
+def measure_table(score: TaskScore) -> str:
+    """Every measure of a score as a markdown table, with what it says."""
+    lines = ["| measure | base | tuned | change (95 %) | |", "| --- | ---: | ---: | ---: | --- |"]
+    for metric in METRICS:
+        if metric.name in score.tuned:
+            values = (write_value(metric.name, side[metric.name]) for side in (score.base, score.tuned))
+            cells = [metric.label, *values, write_change(score, metric.name), metric.meaning]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_change(score: TaskScore, name: str) -> str:
+    """Tuned minus base in words, with its interval; none for what has no value for each row."""
+    if name not in score.change:
+        return ""
+    mean, low, high = (write_value(name, value, signed=True) for value in score.change[name])
+    return f"{mean} ({low} to {high})" if low != high else f"{mean} (all rows alike)"
+
+
+def _from_to(score: TaskScore, name: str) -> str:
+    if name not in score.tuned:
+        return ""
+    before, after = (write_value(name, side[name]).removesuffix(" %") for side in (score.base, score.tuned))
+    return f"{before} → {after}"
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -209,21 +299,62 @@ def _through_learned(example: Example) -> tuple[Message, ...]:
     return example.messages[: learned[-1] + 1]
 
 
-def _reference(chat: ChatFormat, turns: Sequence[Message], example: Example) -> str:
+def _reference(chat: ChatFormat, turns: Sequence[Message], encoded: list[int]) -> str:
     """What the last turn says; where it calls functions, as the model is to write it."""
-    if not turns[-1].get("tool_calls"):
-        return turns[-1]["content"]
-    return decode_answer(chat, chat.encode_answer(turns, example.tools))
+    return decode_answer(chat, encoded) if turns[-1].get("tool_calls") else turns[-1]["content"]
 
 
-def _score(task: str, answers: Sequence[Answered]) -> TaskScore:
-    base = sum(is_exact_match(answer.base, answer.reference) for answer in answers)
-    tuned = sum(is_exact_match(answer.tuned, answer.reference) for answer in answers)
-    return TaskScore(task, len(answers), base, tuned)
+class _Measured(NamedTuple):
+    """The measures of one row's answers, and its tokens, by which it weighs in the loss."""
+
+    base: dict[str, float]
+    tuned: dict[str, float]
+    tokens: float
 
 
-def _normalise(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def _measure_task(answers: Sequence[Answered], contracts: Contracts) -> list[_Measured]:
+    """The measures of each of a task's rows."""
+    labels = set(find_labels([answer.reference for answer in answers]))
+    contract = contracts.find(answers[0].task)
+    measured = []
+    for answer in answers:
+        prompt = "\n".join(_plain(turn) for turn in answer.prompt)
+        sides = []
+        for text, ended, nll in (
+            (answer.base, answer.base_ended, answer.base_nll),
+            (answer.tuned, answer.tuned_ended, answer.tuned_nll),
+        ):
+            found = measure_answer(text, answer.reference, prompt)
+            if contract:
+                found["contract"] = float(not contract.find_breaches(text))
+            if labels:
+                found["label_accuracy"] = float(normalise_label(text) == normalise_label(answer.reference))
+            if nll is not None and answer.tokens:
+                found["loss"] = nll / answer.tokens
+            if ended is not None:
+                found["ended"] = float(ended)
+            sides.append(found)
+        measured.append(_Measured(sides[0], sides[1], float(answer.tokens)))
+    return measured
+
+
+def _score(task: str, answers: Sequence[Answered], measured: Sequence[_Measured]) -> TaskScore:
+    """Means over rows, of the loss over tokens, and the intervals of their changes; F1 over a task's labels."""
+    base, tuned = average([row.base for row in measured]), average([row.tuned for row in measured])
+    change = {}
+    for name in tuned:
+        rows = [row for row in measured if name in row.tuned and name in row.base]
+        weights = [row.tokens if name == "loss" else 1.0 for row in rows]
+        change[name] = bootstrap_mean([row.tuned[name] - row.base[name] for row in rows], weights)
+        for means, values in ((base, [row.base[name] for row in rows]), (tuned, [row.tuned[name] for row in rows])):
+            means[name] = sum(map(mul, values, weights)) / sum(weights)
+    references = [answer.reference for answer in answers]
+    for means, texts in ((base, [each.base for each in answers]), (tuned, [each.tuned for each in answers])):
+        if "loss" in means:
+            means["perplexity"] = math.exp(min(means["loss"], 700.0))
+        if answers and "label_accuracy" in means:
+            means["macro_f1"] = measure_macro_f1(texts, references, find_labels(references))
+    return TaskScore(task, len(measured), base, tuned, change)
 
 
 def _plain(turn: Message) -> str:

@@ -18,7 +18,7 @@ from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import BUILTIN
 from qlora_tune.errors import ExportError
-from qlora_tune.evaluate import TaskScore, score_table
+from qlora_tune.evaluate import measure_table, read_comparison, score_table
 from qlora_tune.generate import generate_answers, stop_ids
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.runs import Run, read_json
@@ -336,13 +336,18 @@ def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:
 def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
     loss = state.get("eval_loss")
     lines = [f"Held-out loss {loss:.4f} nats per answer token.", ""] if loss is not None else []
-    path = run.path / "scores.json"
-    if not path.exists():
+    if not (run.path / "scores.json").exists():
         return [*lines, "Not scored."]
-    scores = read_json(path)
-    total = TaskScore("all", scores["rows"], *(round(scores[side] * scores["rows"]) for side in ("base", "tuned")))
-    table = score_table([*(TaskScore(**row) for row in scores["by_task"]), total])
-    return [*lines, "Exact match on held-out rows, greedy answers:", "", table]
+    comparison = read_comparison(run)
+    return [
+        *lines,
+        "Greedy answers of base and tuned model to the same held-out rows. Changes are tuned minus base, with the",
+        "interval in which they lie with 95 % confidence. First exact match:",
+        "",
+        score_table([*comparison.by_task(), comparison.total()]),
+        "",
+        measure_table(comparison.total()),
+    ]
 
 
 def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:

@@ -48,12 +48,31 @@ def generate_answers(
     `tools` holds the functions that each conversation offers, none of them any by default. `on_progress` is called
     with the number answered so far.
     """
-    import torch
-
     offered = tools or [()] * len(conversations)
     prompts = [chat.encode_prompt(messages, own) for messages, own in zip(conversations, offered, strict=True)]
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return [text for text, _ in answer_prompts(model, chat, prompts, **options, on_progress=on_progress)]
+
+
+def answer_prompts(
+    model: Any,
+    chat: ChatFormat,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[str, bool]]:
+    """Answer prompts, given as tokens, greedily, in batches of similar length.
+
+    Returns for each, in order, its answer and whether that came to its end of turn within max_new_tokens.
+    `on_progress` is called with the number answered so far.
+    """
+    import torch
+
+    stops = set(stop_ids(chat))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(prompts)
+    answers = [("", False)] * len(prompts)
     model.eval()
     with faster_answers(model):
         for start in range(0, len(order), batch_size):
@@ -61,7 +80,7 @@ def generate_answers(
             with torch.inference_mode():
                 rows = _answer_batch(model, chat, [prompts[index] for index in chosen], max_new_tokens)
             for index, row in zip(chosen, rows, strict=True):
-                answers[index] = decode_answer(chat, row)
+                answers[index] = decode_answer(chat, row), bool(stops & set(row))
             on_progress(min(start + batch_size, len(order)))
     return answers
 
@@ -111,7 +130,7 @@ def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_n
     those leave room for an answer.
     """
     kept = list(messages)
-    context = _context_length(model)
+    context = context_length(model)
     oldest = 1 if kept[0]["role"] == "system" else 0
     room = min(max_new_tokens, context // ANSWER_SHARE)
     while len(kept) > oldest + 2 and len(chat.encode_prompt(kept)) + room > context:
@@ -124,7 +143,8 @@ def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_n
     return kept
 
 
-def _context_length(model: Any) -> int:
+def context_length(model: Any) -> int:
+    """The longest sequence that a model was made for [tokens]."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
@@ -154,7 +174,7 @@ def stream_reply(
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     prompt = chat.encode_prompt(messages)
     inputs = _pad_left([prompt], chat.tokenizer.pad_token_id)
-    room = max(1, min(max_new_tokens, _context_length(model) - len(prompt)))
+    room = max(1, min(max_new_tokens, context_length(model) - len(prompt)))
     failure: list[BaseException] = []
 
     def work() -> None:

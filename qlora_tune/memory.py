@@ -28,7 +28,7 @@ CPU_LIBRARIES = 630_000_000  # torch, transformers, peft, trl, bitsandbytes, dat
 # On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
 # some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
 # by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
-PASSING, HOLES, UNKEPT = 6.3, 1.3, 7.7
+PASSING, HOLES, UNKEPT = 6.4, 1.6, 6.7
 # oneDNN's kernels for each length of a micro-batch beyond those of a short run. About 40 go with a length, and oneDNN
 # keeps 1,024 of them.
 SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 24_000_000, 8, 25
@@ -121,9 +121,9 @@ def estimate_memory(
 
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
-    activations are held follows the functions in fused.py. On a CPU within 10 % in 23 of 24 combinations, the libraries
-    taken off (benchmarks/memory.py); three of the constants are fitted to the same 24. Loading the base, which for a
-    moment holds all of its file, is not covered. Not measured on a GPU.
+    activations are held follows the functions in fused.py. On a CPU within 10 % in 42 of 48 short runs, the libraries
+    taken off, and within 14 % in all (benchmarks/memory.py); three of the constants are fitted to those runs. Loading
+    the base, which for a moment holds all of its file, is not covered. Not measured on a GPU.
     """
     shape = read_shape(base)
     on_cpu = device.kind == "cpu"

@@ -25,10 +25,11 @@ from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
 from qlora_tune.config import TrainConfig, describe_value
 from qlora_tune.errors import ConfigError, TuneError
-from qlora_tune.evaluate import Answered, Comparison, TaskScore, is_exact_match
+from qlora_tune.evaluate import HEADLINE, Answered, Comparison, TaskScore, write_change
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
 from qlora_tune.runs import Run
+from qlora_tune.scores import METRICS, is_exact_match, write_value
 from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
@@ -242,18 +243,36 @@ def show_scores(scored: Mapping[str, Comparison]) -> str:
     tasks = [*dict.fromkeys(task for table in tables.values() for task in table if task != "all"), "all"]
 
     def cell(table: Mapping[str, TaskScore], task: str, side: str) -> str:
-        return (
-            f"{getattr(table[task], side) / max(table[task].rows, 1):.0%} of {table[task].rows}"
-            if task in table
-            else ""
-        )
+        if task not in table:
+            return ""
+        return f"{write_value(HEADLINE, getattr(table[task], side).get(HEADLINE, 0.0))} of {table[task].rows}"
 
     rows = [(t, cell(base, t, "base"), *(cell(table, t, "tuned") for table in tables.values())) for t in tasks]
     html = show_table(("task", "base", *tables), rows, "exact match on held-out rows")
+    html += show_table(("measure", "base", *tables), _all_measures(tables), "all measures, all rows")
     asked = {tuple(answer.source for answer in found.answers) for found in scored.values()}
     if len(asked) > 1:
         html += show_message("These runs were scored on different rows, so their scores can't be compared.", "warning")
     return html
+
+
+def _all_measures(tables: Mapping[str, Mapping[str, TaskScore]]) -> list[tuple[str, ...]]:
+    """Every measure over all rows: the base's, and each run's with its change against the base on the same rows."""
+    totals = [table["all"] for table in tables.values()]
+    return [
+        (
+            metric.label,
+            write_value(metric.name, totals[0].base[metric.name]),
+            *(_with_change(total, metric.name) for total in totals),
+        )
+        for metric in METRICS
+        if metric.name in totals[0].base
+    ]
+
+
+def _with_change(total: TaskScore, name: str) -> str:
+    change = write_change(total, name)
+    return " · ".join(filter(None, [write_value(name, total.tuned[name]), change])) if name in total.tuned else ""
 
 
 def show_answers(answers: Sequence[Answered]) -> str:

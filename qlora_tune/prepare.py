@@ -17,6 +17,7 @@ from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import TrainConfig, load_preset, shipped_path
+from qlora_tune.contracts import read_contracts
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
 from qlora_tune.long_chats import split_long
@@ -92,6 +93,8 @@ def prepare(config: TrainConfig) -> Setup:
     refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
     _refuse_longer_than_context(config.max_length, base)
+    if config.contracts:
+        read_contracts(Path(config.contracts))  # a faulty one is told now, not once the training is done
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = precision_of(config, device)
     if precision == "float16" and device.kind == "cpu":

@@ -193,7 +193,8 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
 
     Rows are drawn anew RESAMPLES times; given differences between two answers to the same rows, the interval is the
     paired one (Efron and Tibshirani 1993). The spread is widened by sqrt(n / (n - 1)), without which few rows look too
-    sure. Where all values are the same, the rows say nothing about the spread, and the interval is the mean itself.
+    sure, but never beyond the values themselves. Where all values are the same, rows say nothing about the spread, and
+    the interval is the mean itself.
     """
     import numpy as np
 
@@ -207,9 +208,9 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
     for number in range(RESAMPLES):
         times = np.bincount(draw.integers(len(rows), size=len(rows)), minlength=len(rows)) * weight
         means[number] = (rows * times).sum() / times.sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    wider = float(np.sqrt(len(rows) / (len(rows) - 1)))
-    return Interval(mean, mean - (mean - float(low)) * wider, mean + (float(high) - mean) * wider)
+    bounds = mean + (np.quantile(means, [0.025, 0.975]) - mean) * np.sqrt(len(rows) / (len(rows) - 1))
+    low, high = np.clip(bounds, rows.min(), rows.max()).tolist()
+    return Interval(mean, low, high)
 
 
 def average(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:

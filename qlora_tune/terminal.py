@@ -20,9 +20,10 @@ from rich.text import Text
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_setting, describe_value
 from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED, ModelError
-from qlora_tune.evaluate import Comparison, is_exact_match
+from qlora_tune.evaluate import HEADLINE, Comparison, TaskScore, write_change
 from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
+from qlora_tune.scores import METRICS, is_exact_match, write_value
 from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
@@ -38,6 +39,7 @@ class _Console(Console):
 console = _Console(highlight=False, emoji=False)
 errors = Console(highlight=False, emoji=False, stderr=True)
 _ACTIONS = {"rejected": "red", "changed": "yellow", "skipped": "dim"}
+SCORE_HEADS = ("task", "rows", "base", "tuned", "change (95 %)")
 CHAT_HELP = "/base  /tuned  /system TEXT  /clear  /quit   (Ctrl-C stops an answer)"
 
 
@@ -169,23 +171,38 @@ def show_runs(runs: Iterable[Run]) -> None:
 
 
 def show_comparison(comparison: Comparison, examples: int = 8) -> None:
-    """The score table, then some answers side by side."""
-    table = Table(
-        "task", "rows", "base", "tuned", title="exact match on held-out rows", title_justify="left", box=HORIZONTALS
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for score in comparison.by_task():
-        rows = max(score.rows, 1)
-        table.add_row(
-            escape(printable(score.task)), str(score.rows), f"{score.base / rows:.0%}", f"{score.tuned / rows:.0%}"
-        )
-    total = comparison.total()
-    rows = max(total.rows, 1)
-    table.add_section()
-    table.add_row("all", str(rows), f"{total.base / rows:.1%}", f"{total.tuned / rows:.1%}", style="bold")
-    console.print(table)
+    """Some answers side by side, then the score tables."""
     console.print(_side_by_side(comparison, examples))
+    table = Table(
+        *(Column(head, justify="right" if at else "left") for at, head in enumerate(SCORE_HEADS)),
+        title="exact match on held-out rows",
+        title_justify="left",
+        box=HORIZONTALS,
+    )
+    total = comparison.total()
+    for score in [*comparison.by_task(), total]:
+        if score is total:
+            table.add_section()
+        values = (write_value(HEADLINE, side.get(HEADLINE, 0.0)) for side in (score.base, score.tuned))
+        cells = (escape(printable(score.task)), str(score.rows), *values, write_change(score, HEADLINE))
+        table.add_row(*cells, style="bold" if score is total else None)
+    console.print(table)
+    console.print(_all_measures(total))
+
+
+def _all_measures(total: TaskScore) -> Table:
+    heads = ("measure", *SCORE_HEADS[2:])
+    table = Table(
+        *(Column(head, justify="right" if at else "left") for at, head in enumerate(heads)),
+        title="all measures, all rows",
+        title_justify="left",
+        box=HORIZONTALS,
+    )
+    for metric in METRICS:
+        if metric.name in total.tuned:
+            values = (write_value(metric.name, side[metric.name]) for side in (total.base, total.tuned))
+            table.add_row(metric.label, *values, write_change(total, metric.name))
+    return table
 
 
 def _side_by_side(comparison: Comparison, count: int) -> Table:

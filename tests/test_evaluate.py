@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from qlora_tune.contracts import make_contracts
 from qlora_tune.errors import RunError
 from qlora_tune.evaluate import (
     Answered,
     Comparison,
-    is_exact_match,
+    compare,
     pick_answers,
     read_comparison,
     score_table,
@@ -21,25 +25,11 @@ from qlora_tune.evaluate import (
     write_comparison,
 )
 from qlora_tune.runs import Run
+from qlora_tune.scores import is_exact_match
 
 
 def answered(task: str, reference: str, base: str, tuned: str, prompt: str = "q") -> Answered:
     return Answered("d.jsonl:1", task, ({"role": "user", "content": prompt},), reference, base, tuned)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "equal"),
-    [
-        (" Paris\n", "Paris", True),
-        ("- a\n- b", "- a - b", True),
-        ("caf\u00e9", "cafe\u0301", True),
-        ("PARIS", "Paris", False),
-        ("Paris.", "Paris", False),
-        ("", "Paris", False),
-    ],
-)
-def test_exact_match_ignores_composition_and_spacing_but_not_case(answer: str, reference: str, equal: bool) -> None:
-    assert is_exact_match(answer, reference) is equal
 
 
 def test_scores_are_counted_by_task_and_in_all() -> None:
@@ -50,10 +40,81 @@ def test_scores_are_counted_by_task_and_in_all() -> None:
             answered("a", "y", "no", "no"),
         ]
     )
-    scores = [(score.task, score.rows, score.base, score.tuned) for score in comparison.by_task()]
-    assert scores == [("a", 2, 0, 1), ("b", 1, 1, 1)]
-    assert (comparison.total().rows, comparison.total().base, comparison.total().tuned) == (3, 1, 2)
-    assert "| all | 3 | 33.3% | 66.7% |" in score_table([*comparison.by_task(), comparison.total()])
+    total = comparison.total()
+    found = [(s.task, s.rows, s.base["exact_match"], s.tuned["exact_match"]) for s in comparison.by_task()]
+    assert found == [("a", 2, 0.0, 0.5), ("b", 1, 1.0, 1.0)]
+    assert (total.rows, total.base["exact_match"], total.tuned["exact_match"]) == pytest.approx((3, 1 / 3, 2 / 3))
+    assert total.change["exact_match"] == pytest.approx((1 / 3, 0.0, 1.0))
+    assert "| all | 3 | 33.3 % | 66.7 % | +33.3 (+0.0 to +100.0) |" in score_table([*comparison.by_task(), total])
+
+
+def test_the_loss_is_a_mean_over_tokens_and_rows_without_one_are_left_out() -> None:
+    row = answered("t", "x", "no", "x")
+    rows = [
+        dataclasses.replace(row, tokens=30, base_nll=60.0, tuned_nll=15.0, base_ended=False, tuned_ended=True),
+        dataclasses.replace(row, tokens=10, base_nll=60.0, tuned_nll=5.0, base_ended=True, tuned_ended=True),
+        row,  # longer than the base's context
+    ]
+    score = Comparison(rows).total()
+    assert (score.base["loss"], score.tuned["loss"]) == pytest.approx((3.0, 0.5))
+    assert score.change["loss"].mean == pytest.approx(-2.5)
+    assert score.tuned["perplexity"] == pytest.approx(math.e**0.5)
+    assert "perplexity" not in score.change
+    assert (score.base["ended"], score.tuned["ended"]) == (0.5, 1.0)
+
+
+def test_a_task_with_few_answers_is_scored_by_label() -> None:
+    rows = [answered("t", label, "maybe", "YES.") for label in ("yes", "yes", "no", "yes", "no", "no")]
+    score = Comparison([*rows, answered("u", "free text", "", "")]).by_task()[0]
+    assert (score.base["label_accuracy"], score.tuned["label_accuracy"]) == (0.0, 0.5)
+    assert score.tuned["macro_f1"] == pytest.approx((2 * 3 / 9 + 0) / 2)
+    total = Comparison(rows).total()
+    assert "macro_f1" not in total.tuned  # labels of different tasks have no common mean
+    assert total.tuned["label_accuracy"] == 0.5
+
+
+def test_contracts_are_kept_with_the_scores(finished: Any, tmp_path: Path) -> None:
+    contracts = make_contracts([{"task": "a", "max_words": 2}], "here")
+    rows = [answered("a", "x", "one two three", "one"), answered("b", "x", "one two three", "one")]
+    comparison = Comparison(rows, contracts)
+    first, second = comparison.by_task()
+    assert (first.base["contract"], first.tuned["contract"]) == (0.0, 1.0)
+    assert "contract" not in second.tuned
+    run = kept_run(finished, tmp_path)
+    write_comparison(run, comparison, "contracts")
+    assert read_comparison(run, "contracts") == comparison
+    text = (run.path / "comparison-contracts.md").read_text()
+    assert "| a | 1 | 0.0 % | 0.0 % | +0.0 (all rows alike) | 0.0 → 100.0 |" in text
+    assert "| contract kept | 0.0 % | 100.0 % |" in text
+
+
+def test_a_row_beyond_the_context_is_answered_but_has_no_loss(finished: Any) -> None:
+    _, _, result = finished
+    examples = result.setup.data.heldout_examples[:3]
+    model = result.model
+    options: dict[str, Any] = {"score_rows": 3, "max_new_tokens": 8, "batch_size": 2, "seed": 0}
+    whole = compare(model, result.setup.chat, examples, **options)
+    assert all(answer.base_nll and answer.tuned_nll for answer in whole.answers)
+    lengths = sorted(len(result.setup.chat.tokenize_example(example.messages)[-1].input_ids) for example in examples)
+    with patch.object(model.config, "max_position_embeddings", lengths[1]):
+        cut = compare(model, result.setup.chat, examples, **options)
+    assert sum(answer.base_nll is None for answer in cut.answers) == 1
+
+
+def test_the_loss_of_an_answer_is_that_of_its_tokens(finished: Any) -> None:
+    import torch
+
+    _, _, result = finished
+    example = next(each for each in result.setup.data.heldout_examples if len(each.messages) == 2)
+    options: dict[str, Any] = {"score_rows": 1, "max_new_tokens": 4, "batch_size": 1, "seed": 0}
+    found = compare(result.model, result.setup.chat, [example], **options).answers[0]
+    sequence = result.setup.chat.tokenize_example(example.messages)[0]
+    ids, labels = torch.tensor([sequence.input_ids]), torch.tensor([sequence.labels])
+    with torch.inference_mode():
+        logits = result.model(ids).logits[0, :-1].float()
+    expected = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
+    assert found.tokens == sequence.learned
+    assert found.tuned_nll == pytest.approx(float(expected), rel=1e-2)
 
 
 def test_markdown_holds_answers_as_text_that_can_not_act() -> None:
@@ -68,7 +129,9 @@ def test_markdown_holds_answers_as_text_that_can_not_act() -> None:
 def test_a_run_keeps_all_answers_of_base_and_tuned(finished: Any) -> None:
     run, _, result = finished
     scores = json.loads((run.path / "scores.json").read_text())
-    assert scores["rows"] == len(scores["answers"]) == 50
+    assert scores["all"]["rows"] == len(scores["answers"]) == 50
+    assert scores["all"]["change"]["loss"][0] < 0
+    assert all(answer["tuned_nll"] > 0 and answer["tokens"] > 1 for answer in scores["answers"])
     assert sum(row["rows"] for row in scores["by_task"]) == 50
     sources = {example.source for example in result.setup.data.heldout_examples}
     assert {answer["source"] for answer in scores["answers"]} <= sources

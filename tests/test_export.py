@@ -71,7 +71,9 @@ def test_generation_stops_at_the_end_of_turn_by_the_exported_config(zipped: Path
         card = archive.read("mine/README.md").decode()
     assert trained.chat.end_of_turn_id in config["eos_token_id"]
     scores = json.loads((run.path / "scores.json").read_text())
-    assert f"| all | 50 | {scores['base']:.1%} | {scores['tuned']:.1%} |" in card
+    base, tuned = (100 * scores["all"][side]["exact_match"] for side in ("base", "tuned"))
+    assert f"| all | 50 | {base:.1f} % | {tuned:.1f} % | {tuned - base:+.1f} (" in card
+    assert "| perplexity |" in card
 
 
 def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, run: Any, tmp_path: Path) -> None:

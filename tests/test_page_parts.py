@@ -344,12 +344,14 @@ def test_scores_of_several_runs_are_shown_by_task_beside_the_base() -> None:
     first = [Answered("d:1", "t", (), "x", "no", "x"), Answered("d:2", "u", (), "x", "x", "x")]
     second = [Answered("d:1", "t", (), "x", "no", "no"), Answered("d:2", "u", (), "x", "x", "x")]
     html = parts.show_scores({"one": Comparison(first), "two": Comparison(second)})
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")[2:]]
-    assert rows == [
-        ["t", "0% of 1", "100% of 1", "0% of 1"],
-        ["u", "100% of 1", "100% of 1", "100% of 1"],
-        ["all", "50% of 2", "100% of 2", "50% of 2"],
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")]
+    shown = [row for row in rows if row]
+    assert shown[:3] == [
+        ["t", "0.0 % of 1", "100.0 % of 1", "0.0 % of 1"],
+        ["u", "100.0 % of 1", "100.0 % of 1", "100.0 % of 1"],
+        ["all", "50.0 % of 2", "100.0 % of 2", "50.0 % of 2"],
     ]
+    assert shown[3] == ["exact match", "50.0 %", "100.0 % · +50.0 (+0.0 to +100.0)", "50.0 % · +0.0 (all rows alike)"]
     assert "scored on different rows" not in html
     others = [Answered("d:3", "t", (), "x", "no", "x")]
     assert "scored on different rows" in parts.show_scores({"one": Comparison(first), "two": Comparison(others)})

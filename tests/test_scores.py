@@ -231,6 +231,7 @@ def test_an_interval_is_that_of_its_rows_and_seed() -> None:
     assert bootstrap_mean([2.0]) == (2.0, 2.0, 2.0)
     assert bootstrap_mean([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     assert bootstrap_mean([1.0, 3.0], [3.0, 1.0]).mean == pytest.approx(1.5)
+    assert bootstrap_mean([0.0, 1.0, 1.0])[1:] == (0.0, 1.0)  # no share lies beyond all of them
 
 
 def test_values_are_written_with_the_figures_they_have() -> None:
