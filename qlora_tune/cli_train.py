@@ -203,6 +203,7 @@ def _score(
     run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = ""
 ) -> None:
     from qlora_tune import evaluate as scores
+    from qlora_tune.report import write_report
 
     if not examples or not config.score_rows:
         why = "--score-rows is 0" if examples else "no rows are held out (--heldout-data FILE)"
@@ -231,3 +232,5 @@ def _score(
         run.update_state(score_base=total.base[scores.HEADLINE], score_tuned=total.tuned[scores.HEADLINE])
     terminal.show_comparison(comparison)
     say(f"all answers: {answers}")
+    if not name:
+        say(f"report: {write_report(run)}")

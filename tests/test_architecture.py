@@ -67,6 +67,7 @@ ORDER = [
     "flags",
     "plan",
     "page_parts",
+    "report",
     "page_guard",
     "cli_data",
     "cli_train",
