@@ -41,6 +41,7 @@ from qlora_tune.flags import as_field, flags_of_fields, is_list
 from qlora_tune.plan import pick_here, plan_run
 from qlora_tune.preview import check_as_trained, view_row
 from qlora_tune.repair import repair_files
+from qlora_tune.report import write_report
 from qlora_tune.runs import Run, list_runs
 from qlora_tune.text_signs import printable
 
@@ -336,6 +337,11 @@ def first_tuned(names: list[str]) -> Any:
     return open_adapter(run.adapter), run
 
 
+def export_report(names: list[str]) -> tuple[Any, str]:
+    path = write_report(find_run(names[0] if names else None))
+    return hand_out(path), parts.show_message(f"{path.name}: one page, with all figures and answers.", "good")
+
+
 def export_zip(names: list[str]) -> tuple[Any, str]:
     trained, run = first_tuned(names)
     path = export_adapter(trained, run, run.path / f"{run.name}.zip")
@@ -522,6 +528,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
         curves, scores = part(), part()
     with gr.Row(elem_classes="bar"):
         pack = gr.Button("Export the adapter (zip)", variant="primary", scale=0, min_width=260)
+        tell = gr.Button("Report (HTML)", scale=0, min_width=160)
         into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized: as trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
         merge = gr.Button("Export the merged model", scale=0, min_width=260)
@@ -540,6 +547,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
     on([chosen.change, which.input, tab.select], compare_runs, [chosen, which], say, [curves, scores, answers, acts])
     heavy: Any = {"busy": "Exporting: writing, loading it again, comparing …", "concurrency_id": "model"}
     on(pack.click, export_zip, [chosen], say_out, [packed, done], **heavy)
+    on(tell.click, export_report, [chosen], say_out, [packed, done])
     on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **heavy)
     on(change.click, rename, [chosen, name], say_down, [chosen, table, name])
     reveal(doom.click, asked, say_down, True)

@@ -257,7 +257,7 @@ def score_table(scores: Sequence[TaskScore]) -> str:
     for score in scores:
         values = (write_value(HEADLINE, side.get(HEADLINE, 0.0)) for side in (score.base, score.tuned))
         cells = [table_cell(score.task), str(score.rows), *values, write_change(score, HEADLINE)]
-        lines.append(f"| {' | '.join([*cells, *(_from_to(score, metric.name) for metric in more)])} |")
+        lines.append(f"| {' | '.join([*cells, *(write_from_to(score, metric.name) for metric in more)])} |")
     return "\n".join(lines)
 
 
@@ -280,7 +280,8 @@ def write_change(score: TaskScore, name: str) -> str:
     return f"{mean} ({low} to {high})" if low != high else f"{mean} (all rows alike)"
 
 
-def _from_to(score: TaskScore, name: str) -> str:
+def write_from_to(score: TaskScore, name: str) -> str:
+    """A measure of base and tuned in short, shares in percent; empty where a task doesn't have it."""
     if name not in score.tuned:
         return ""
     before, after = (write_value(name, side[name]).removesuffix(" %") for side in (score.base, score.tuned))

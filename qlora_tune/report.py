@@ -16,7 +16,16 @@ from markupsafe import Markup
 from qlora_tune import __version__
 from qlora_tune import page_parts as parts
 from qlora_tune.config import BUILTIN, TrainConfig, describe_value
-from qlora_tune.evaluate import BY_TASK, HEADLINE, Comparison, TaskScore, pick_answers, read_comparison, write_change
+from qlora_tune.evaluate import (
+    BY_TASK,
+    HEADLINE,
+    Comparison,
+    TaskScore,
+    pick_answers,
+    read_comparison,
+    write_change,
+    write_from_to,
+)
 from qlora_tune.runs import Run, read_json
 from qlora_tune.scores import METRIC, write_value
 from qlora_tune.text_signs import printable
@@ -125,7 +134,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
 
 def _task_row(score: TaskScore, names: Sequence[str]) -> tuple[TaskScore, tuple[float, float], list[str]]:
     shares = (100 * score.base[HEADLINE], 100 * score.tuned[HEADLINE])
-    others = [" → ".join(_values(score, name)[:2]) if name in score.tuned else "" for name in names]
+    others = [write_from_to(score, name) for name in names]
     return score, shares, [*_values(score, HEADLINE), *others]
 
 

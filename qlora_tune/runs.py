@@ -10,6 +10,7 @@ RUN/heldout.jsonl     the held-out rows that base and tuned model answer
 RUN/checkpoints/      resumable states, each with a manifest of hashes
 RUN/adapter/          the trained adapter
 RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
+RUN/report.html       all of it for people, on one page
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Photograph the page for docs/: each tab, light and dark, at 1280 and 800 pixels width.
+"""Photograph the page for docs/: each tab, light and dark, at 1280 and 800 pixels width; and the newest run's report.
 
 Usage: python scripts/screenshots.py RUNS_DIR [FOLDER]. RUNS_DIR holds the runs that are shown; the newest must be
 finished and scored. Needs Chromium.
@@ -16,6 +16,9 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+
+from qlora_tune.report import write_report
+from qlora_tune.runs import list_runs
 
 ROOT = Path(__file__).parent.parent
 # Chromium as root, in a container, and without its own traffic.
@@ -62,6 +65,12 @@ def open_tabs(page: Any) -> Any:
     yield "runs"
 
 
+def photograph(page: Any, picture: Path, full_page: bool = True) -> None:
+    """Save what a page shows. Few colours do for it, in a fifth of the bytes."""
+    page.screenshot(path=picture, full_page=full_page)
+    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)
+
+
 def main() -> None:
     runs_dir = Path(sys.argv[1])
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "docs" / "page")
@@ -76,11 +85,12 @@ def main() -> None:
                     page.set_default_timeout(60_000)
                     page.goto(f"http://127.0.0.1:7991/?__theme={theme}")
                     for tab in open_tabs(page):
-                        picture = folder / f"{tab}-{theme}-{width}.png"
-                        page.screenshot(path=picture, full_page=True)
-                        # Few colours do for a page, in a fifth of the bytes.
-                        Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)
+                        photograph(page, folder / f"{tab}-{theme}-{width}.png")
                     page.close()
+                page = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=theme)
+                page.goto(write_report(list_runs(runs_dir)[-1]).resolve().as_uri())
+                photograph(page, folder / f"report-{theme}-1280.png", full_page=False)
+                page.close()
             browser.close()
     finally:
         server.kill()

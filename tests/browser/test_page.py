@@ -202,9 +202,13 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
 
     tab.get_by_role("tab", name="Runs and export").click()
     tab.get_by_text("exact match on held-out rows").wait_for()
+    button(tab, "Report (HTML)").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download report.html").click()
+    assert "Scores by task" in download.value.path().read_text(encoding="utf-8")
     button(tab, "Export the adapter (zip)").click()
     with tab.expect_download() as download:
-        tab.get_by_role("button", name="Download").click()
+        tab.get_by_role("button", name=".zip").filter(has_text="Download").click()
     packed = tmp_path / "adapter.zip"
     download.value.save_as(packed)
     tab.get_by_role("tab", name="Chat").click()
