@@ -344,14 +344,15 @@ def export_report(names: list[str]) -> tuple[Any, str]:
 
 def export_zip(names: list[str]) -> tuple[Any, str]:
     trained, run = first_tuned(names)
-    path = export_adapter(trained, run, run.path / f"{run.name}.zip")
-    return hand_out(path), parts.show_message(f"{path.name}: unpacked, loaded again, answers equal.", "good")
+    path = run.path / f"{run.name}.zip"
+    parity = export_adapter(trained, run, path)
+    return hand_out(path), parts.show_message(f"{path.name}: unpacked, loaded again; {parity.describe()}.", "good")
 
 
 def export_merged(names: list[str], into: Any, dtype: Any) -> str:
     trained, run = first_tuned(names)
-    divergence = merge_adapter(trained, run, run.path / "merged", into, dtype)
-    words = f"Merged model: {run.path / 'merged'}; loaded again, mean KL from what was trained {divergence:.1e} nats."
+    parity = merge_adapter(trained, run, run.path / "merged", into, dtype)
+    words = f"Merged model: {run.path / 'merged'}; loaded again; {parity.describe()}."
     return parts.show_message(words, "good")
 
 

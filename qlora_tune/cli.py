@@ -177,14 +177,13 @@ def export(
     trained = open_trained(found, model_name_or_path)
     if merged:
         target = output or found.path / "merged"
-        divergence = merge_adapter(trained, found, target, into, dtype)
-        done = f"merged model: {target} (loaded again; mean KL from what was trained {divergence:.1e} nats)"
+        parity = merge_adapter(trained, found, target, into, dtype)
+        done = f"merged model: {target}"
     else:
         target = output or found.path / f"{found.name}.zip"
-        export_adapter(trained, found, target)
-        size = target.stat().st_size / 1e6
-        done = f"adapter: {target} ({size:.1f} MB; unpacked, loaded again, answers equal)"
-    say(done)
+        parity = export_adapter(trained, found, target)
+        done = f"adapter: {target} ({target.stat().st_size / 1e6:.1f} MB)"
+    say(f"{done}\nloaded again and compared with the trained model: {parity.describe()}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,11 +19,11 @@ from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import BUILTIN
 from qlora_tune.errors import ExportError
 from qlora_tune.evaluate import measure_table, read_comparison, score_table
-from qlora_tune.generate import generate_answers, stop_ids
+from qlora_tune.generate import stop_ids
 from qlora_tune.model import Device, Precision, Quantization
+from qlora_tune.parity import Parity, compared_rows, measure_parity, refuse_other_format, refuse_other_weights
 from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Example
-from qlora_tune.turns import Message
 
 # Only these files leave: what a trainer writes beside them holds local paths.
 ADAPTER_FILES = ("adapter_model.safetensors", models.ADAPTER_RECORD)
@@ -41,7 +41,7 @@ VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 # Mean KL divergence of next tokens, merged model against the adapter on the same base [nats]. Measured on this stack:
 # 7e-6 to 5e-4 when merged right and rounded to bf16, 5e-2 when merged wrong, 0.2 for a whole tuning.
 KL_LIMIT = 2e-3
-COMPARED_ROWS = 8
+SAME_KL = 1e-6  # at most, of an adapter that is the same: on one base nothing differs
 _LOCAL_PATH = re.compile(r"(?<![\w.:/-])(?:/(?:home|root|Users|tmp|var|work|mnt|opt|content)/|[A-Za-z]:\\\\?)\S+")
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\bsk-[A-Za-z0-9_-]{20,}\b")
 
@@ -94,11 +94,12 @@ def open_adapter(adapter: Path, base: str | None = None) -> Trained:
     return Trained(adapter, found, models.detect_device(), record["precision"], quantization, tokenizer, chat)
 
 
-def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
+def export_adapter(trained: Trained, run: Run, target: Path) -> Parity:
     """Write the adapter as a zip: weights, tokenizer, chat template, generation config, model card.
 
-    Unpacked again and loaded on the base, it must give the answers that the run's own adapter gives, to the
-    letter. Raises ExportError when it doesn't, or when a file holds a local path or a secret. Returns the zip.
+    Unpacked again and loaded on the base, it must make the same tokens of held-out prompts, end at the same ones, and
+    give the very answers and distributions that the run's own adapter gives. Raises ExportError when it doesn't, or
+    when a file holds a local path or a secret. Returns how the two agree, which also stands in the card.
     """
     if target.suffix.lower() != ".zip" or target.is_dir():
         raise ExportError(f"{target}: expected the name of a .zip file to write.")
@@ -113,9 +114,12 @@ def export_adapter(trained: Trained, run: Run, target: Path) -> Path:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(packed) as archive:
             archive.extractall(unpacked)
-        _compare_answers(trained, unpacked / target.stem, held_out_rows(run))
+        parity = _compare_adapters(trained, unpacked / target.stem, compared_rows(run))
+        (folder / "README.md").write_text(write_model_card(trained, run, parity), encoding="utf-8")
+        _refuse_private(folder, trained)
+        _write_zip(folder, packed)
         packed.replace(target)
-    return target
+    return parity
 
 
 def merge_adapter(
@@ -124,19 +128,20 @@ def merge_adapter(
     target: Path,
     into: Literal["quantized", "original"] = "quantized",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-) -> float:
-    """Write a plain model with the adapter merged in; returns its mean KL from what was trained [nats].
+) -> Parity:
+    """Write a plain model with the adapter merged in; returns how it agrees with what was trained.
 
     "quantized" merges into the dequantized 4-bit base, which is what was trained; "original" into the 16-bit base,
     which is close to it, not equal. Loaded again, its next-token distributions on held-out rows must stay within
-    KL_LIMIT of the adapter's on the same base. Raises ExportError otherwise, and leaves nothing behind. In bfloat16
-    the merged weights are rounded once, which can turn a near tie between two tokens; float32 changes nothing.
+    KL_LIMIT of the adapter's on the same base, and where both compute in float32 its answers must be the same. Raises
+    ExportError otherwise, and leaves nothing behind. In bfloat16 the merged weights are rounded once, which can turn a
+    near tie between two tokens; float32 changes nothing.
     """
     from transformers import GenerationConfig
 
     if target.exists():
         raise ExportError(f"{target} is there already. Delete it, or choose another place (--output).")
-    rows = held_out_rows(run)
+    rows = compared_rows(run)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
     merged = _merge(source, dtype)
@@ -150,28 +155,31 @@ def merge_adapter(
         merged.save_pretrained(scratch, safe_serialization=True)
         _write_generation_config(trained, scratch)
         _copy(trained.adapter, scratch, TOKENIZER_FILES)
-        (scratch / "README.md").write_text(write_model_card(trained, run, merged_into=into), encoding="utf-8")
         _clean_config(scratch / "config.json")
         _refuse_private(scratch, trained)
+        refuse_other_format(trained.chat, scratch, rows)
         del merged
-        divergence = _compare_distributions(source, scratch, rows)
-        if not divergence <= KL_LIMIT:
+        parity = _compare_merged(source, scratch, rows)
+        exact = dtype == trained.precision == "float32"
+        if not parity.mean_kl <= KL_LIMIT or (exact and parity.same < parity.prompts):
             raise ExportError(
-                f"The merged model's answers differ from the adapter's: mean KL {divergence:.1e} nats, at most "
-                f"{KL_LIMIT:.0e} is expected. It was not kept."
+                f"The merged model answers otherwise than the adapter: {parity.describe()}; expected a mean KL of at "
+                f"most {KL_LIMIT:.0e}{' and equal answers' if exact else ''}. It was not kept."
             )
         if source is not trained:
-            divergence = _compare_distributions(trained, scratch, rows)
+            parity = _compare_merged(trained, scratch, rows, same_base=False)
+        (scratch / "README.md").write_text(write_model_card(trained, run, parity, into), encoding="utf-8")
+        _refuse_private(scratch, trained)
         scratch.chmod(0o755)
         for path in scratch.iterdir():
             path.chmod(0o644)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return divergence
+    return parity
 
 
-def write_model_card(trained: Trained, run: Run, merged_into: str | None = None) -> str:
+def write_model_card(trained: Trained, run: Run, parity: Parity | None = None, merged_into: str | None = None) -> str:
     """The model card: what was tuned on what, how it scored, how to load it, where its limits are."""
     config = run.read_config()
     state, summary = run.read_state(), read_json(run.path / "data.json")
@@ -197,6 +205,7 @@ def write_model_card(trained: Trained, run: Run, merged_into: str | None = None)
         "",
         *_score_lines(run, state),
         "",
+        *_parity_lines(parity),
         "## Use",
         "",
         *_use_lines(trained, merged_into),
@@ -285,46 +294,29 @@ def _write_zip(folder: Path, target: Path) -> None:
             archive.write(path, f"{folder.name}/{path.name}")
 
 
-def _compare_answers(trained: Trained, folder: Path, rows: list[Example]) -> None:
-    prompts, tools = [row.messages[:-1] for row in rows], [row.tools for row in rows]
-    answers = []
-    for adapter in (trained.adapter, folder):
-        model = trained.load(adapter)
-        answers.append(
-            generate_answers(model, trained.chat, prompts, tools=tools, max_new_tokens=32, batch_size=COMPARED_ROWS)
-        )
-        del model
-    differing = [index for index, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1]]
-    if differing:
+def _compare_adapters(trained: Trained, folder: Path, rows: list[Example]) -> Parity:
+    """Compare an unpacked adapter with the trained one, both on one base. Raises ExportError where they differ."""
+    refuse_other_format(trained.chat, folder, rows)
+    model = trained.load(folder)
+    model.load_adapter(str(trained.adapter), "trained", is_trainable=False)
+
+    def ready(name: str) -> Any:
+        model.set_adapter(name)
+        return model
+
+    parity = measure_parity(lambda: ready("trained"), lambda: ready("default"), trained.chat, rows)
+    if parity.same < parity.prompts or not parity.max_kl <= SAME_KL:
         raise ExportError(
-            f"The exported adapter answers {len(differing)} of {len(prompts)} prompts otherwise than the trained one: "
-            f"{answers[1][differing[0]]!r} instead of {answers[0][differing[0]]!r}. It was not kept."
+            f"The exported adapter answers otherwise than the trained one: {parity.describe()}. It was not kept."
         )
+    return parity
 
 
-def _compare_distributions(trained: Trained, folder: Path, rows: list[Example]) -> float:
-    """Mean KL divergence of next-token distributions, adapter against merged, over prompts and answers [nats]."""
-    import torch
-
+def _compare_merged(trained: Trained, folder: Path, rows: list[Example], same_base: bool = True) -> Parity:
     tuned, merged = trained.load(), trained.load_merged(folder)
-    total, count = 0.0, 0
-    for ids in (trained.chat.tokenize_example(row.messages, tools=row.tools)[-1].input_ids for row in rows):
-        tokens = torch.tensor([ids])
-        with torch.inference_mode():
-            p, q = (
-                torch.log_softmax(model(tokens.to(model.device)).logits.double().cpu(), dim=-1)
-                for model in (tuned, merged)
-            )
-        total += float((p.exp() * (p - q)).sum())
-        count += len(ids)
-    return total / max(count, 1)
-
-
-def held_out_rows(run: Run) -> list[Example]:
-    """Held-out rows to compare on, answers and all; one of our own where the run held none out."""
-    question = Message(role="user", content="What can you do?")
-    answer = Message(role="assistant", content="I can talk.")
-    return run.read_heldout()[:COMPARED_ROWS] or [Example((question, answer), None, "")]
+    if same_base:
+        refuse_other_weights(tuned, merged)
+    return measure_parity(lambda: tuned, lambda: merged, trained.chat, rows)
 
 
 def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:
@@ -348,6 +340,12 @@ def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
         "",
         measure_table(comparison.total()),
     ]
+
+
+def _parity_lines(parity: Parity | None) -> list[str]:
+    if parity is None:
+        return []
+    return ["## Parity", "", f"Loaded again and compared with the trained model: {parity.describe()}.", ""]
 
 
 def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:

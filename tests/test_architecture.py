@@ -60,6 +60,7 @@ ORDER = [
     "trainer",
     "train",
     "evaluate",
+    "parity",
     "export",
     "chat",
     "terminal",

@@ -55,7 +55,9 @@ def talk(run: Run) -> ChatModel:
 
 @pytest.fixture(scope="module")
 def zipped(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_adapter(open_adapter(run.adapter), run, tmp_path_factory.mktemp("out") / "mine.zip")
+    target = tmp_path_factory.mktemp("out") / "mine.zip"
+    export_adapter(open_adapter(run.adapter), run, target)
+    return target
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from qlora_tune.errors import ExportError, ModelError, RunError
 from qlora_tune.export import export_adapter, merge_adapter, open_adapter
 from qlora_tune.generate import generate_answers
 from qlora_tune.model import load_adapter, load_base
+from qlora_tune.parity import Parity
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,15 @@ def trained(run: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def zipped(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(export_adapter(trained, run, tmp_path_factory.mktemp("out") / "mine.zip"))
+    target = Path(tmp_path_factory.mktemp("out") / "mine.zip")
+    parity = export_adapter(trained, run, target)
+    assert (parity.prompts, parity.same) == (100, 100)
+    assert 0 <= parity.mean_kl <= parity.max_kl < 1e-6
+    return target
 
 
 @pytest.fixture(scope="module")
-def merged(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def merged(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parity]:
     target = tmp_path_factory.mktemp("out") / "merged"
     return target, merge_adapter(trained, run, target)
 
@@ -74,6 +79,8 @@ def test_generation_stops_at_the_end_of_turn_by_the_exported_config(zipped: Path
     base, tuned = (100 * scores["all"][side]["exact_match"] for side in ("base", "tuned"))
     assert f"| all | 50 | {base:.1f} % | {tuned:.1f} % | {tuned - base:+.1f} (" in card
     assert "| perplexity |" in card
+    assert "## Parity" in card
+    assert "compared with the trained model: 100 of 100 greedy answers equal; KL divergence of next tokens " in card
 
 
 def test_the_unpacked_adapter_loads_by_peft_alone(zipped: Path, trained: Any, run: Any, tmp_path: Path) -> None:
@@ -103,24 +110,80 @@ def test_a_private_path_or_a_token_keeps_the_export_from_leaving(trained: Any, r
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_that_answers_otherwise_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
+def scale_a_tensor(folder: Path, file: str, part: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    copy = exports._copy
+    weights = load_file(folder / file)
+    name = next(name for name in sorted(weights) if part in name)
+    save_file({**weights, name: weights[name] * 1.1}, folder / file, metadata={"format": "pt"})
 
-    def damage(source: Path, target: Path, names: Any) -> None:
-        copy(source, target, names)
-        weights = load_file(target / "adapter_model.safetensors")
-        save_file({name: -value for name, value in weights.items()}, target / "adapter_model.safetensors")
-        for name, value in weights.items():
-            if "lora_A" in name:
-                weights[name] = -value
-        save_file(weights, target / "adapter_model.safetensors")
+
+def change_the_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text("Hello! " + path.read_text())
+
+
+def lose_a_stop_token(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "eos_token_id": content["eos_token_id"][1:]}))
+
+
+BREAKS = {
+    "a tensor": (lambda folder: scale_a_tensor(folder, "adapter_model.safetensors", "lora_B"), "answers otherwise"),
+    "the template": (change_the_template, "chat template make other tokens of the prompt of sample_heldout.jsonl:1 "),
+    "a stop token": (lose_a_stop_token, "does not end answers at '"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_adapter_is_not_kept(what: str, trained: Any, run: Any, tmp_path: Path) -> None:
+    damage, message = BREAKS[what]
+    write = exports._write_adapter_files
+
+    def broken(trained: Any, run: Any, folder: Path) -> None:
+        write(trained, run, folder)
+        damage(folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports, "_copy", damage)
-        with pytest.raises(ExportError, match="answers .* prompts otherwise"):
+        patch.setattr(exports, "_write_adapter_files", broken)
+        with pytest.raises(ExportError, match=message):
             export_adapter(trained, run, tmp_path / "x.zip")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_merged_model_is_not_kept(what: str, trained: Any, run: Any, tmp_path: Path) -> None:
+    damage, message = BREAKS[what]
+    if what == "a tensor":
+        message = "the merged weight is .* away from base and adapter together"
+
+    def broken(path: Path) -> None:  # the last thing that is written before the checks
+        if what == "a tensor":
+            scale_a_tensor(path.parent, "model.safetensors", "q_proj")
+        else:
+            damage(path.parent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "_clean_config", broken)
+        with pytest.raises(ExportError, match=message):
+            merge_adapter(trained, run, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_merged_wrong_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
+    merge = exports._merge
+
+    def wrong(trained: Any, dtype: str) -> Any:
+        model = merge(trained, dtype)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "_merge", wrong)
+        with pytest.raises(ExportError, match=r"layers.1.mlp.down_proj: the merged weight is 10.0% away"):
+            merge_adapter(trained, run, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,30 +207,32 @@ def test_the_merged_models_greedy_answers_equal_the_adapters_on_50_held_out_rows
     assert found == expected
 
 
-def test_the_merged_model_is_plain_16_bit_and_close_to_the_adapter(merged: tuple[Path, float]) -> None:
+def test_the_merged_model_is_plain_16_bit_and_close_to_the_adapter(merged: tuple[Path, Parity]) -> None:
     from safetensors.torch import load_file
 
-    folder, divergence = merged
+    folder, parity = merged
     weights = load_file(folder / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert not any("lora" in name for name in weights)
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
-    assert divergence < 2e-3
+    assert parity.mean_kl < 2e-3
+    assert parity.same >= 95  # near ties of bfloat16 turn
+    assert f"{parity.same} of 100 greedy answers equal" in (folder / "README.md").read_text()
     assert {path.name for path in folder.iterdir()} >= {"chat_template.jinja", "generation_config.json", "README.md"}
 
 
 def test_merging_into_the_original_base_is_close_but_not_the_same(
     trained: Any, run: Any, tmp_path: Path, merged: Any
 ) -> None:
-    divergence = merge_adapter(trained, run, tmp_path / "original", into="original")
-    assert 5 * merged[1] < divergence < 0.2
+    parity = merge_adapter(trained, run, tmp_path / "original", into="original")
+    assert 5 * merged[1].mean_kl < parity.mean_kl < 0.2
 
 
-def test_a_merged_model_that_answers_otherwise_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
+def test_a_merged_model_beyond_the_limit_is_not_kept(trained: Any, run: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "KL_LIMIT", 1e-12)
-        with pytest.raises(ExportError, match="mean KL"):
+        with pytest.raises(ExportError, match="answers otherwise than the adapter: .*a mean KL of at most 1e-12"):
             merge_adapter(trained, run, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -204,7 +269,8 @@ def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(
     config = settings(score_rows="0", heldout_share="0", **changes)
     run = new_run(config)
     train(config, run, prepare(config))
-    target = export_adapter(open_adapter(run.adapter), run, tmp_path / "out" / "x.zip")
+    target = tmp_path / "out" / "x.zip"
+    export_adapter(open_adapter(run.adapter), run, target)
     with zipfile.ZipFile(target) as archive:
         assert all(str(tmp_path).encode() not in archive.read(name) for name in archive.namelist())
         assert json.loads(archive.read("x/qlora_tune.json"))["base_model"] == "base"
