@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 1_000_000  # rows, over several samples
 SHORT_LABEL = 60  # [characters]
 MOST_LABELS, ROWS_PER_LABEL = 20, 3  # a task is a choice among labels up to so many, met so often on average
 REPEATED_WORDS = 4
@@ -204,11 +205,15 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
     if len(rows) < 2:
         return Interval(mean, mean, mean)
     draw = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for number in range(RESAMPLES):
-        times = np.bincount(draw.integers(len(rows), size=len(rows)), minlength=len(rows)) * weight
-        means[number] = (rows * times).sum() / times.sum()
-    bounds = mean + (np.quantile(means, [0.025, 0.975]) - mean) * np.sqrt(len(rows) / (len(rows) - 1))
+    means: list[Any] = []
+    at_once = max(1, DRAWN_AT_ONCE // len(rows))
+    for start in range(0, RESAMPLES, at_once):
+        count = min(at_once, RESAMPLES - start)
+        # How often each row is drawn in each of the samples: a flat count, the samples told apart by their offset.
+        drawn = draw.integers(len(rows), size=(count, len(rows))) + len(rows) * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * len(rows)).reshape(count, len(rows))
+        means.append(times @ (rows * weight) / (times @ weight))
+    bounds = mean + (np.quantile(np.concatenate(means), [0.025, 0.975]) - mean) * np.sqrt(len(rows) / (len(rows) - 1))
     low, high = np.clip(bounds, rows.min(), rows.max()).tolist()
     return Interval(mean, low, high)
 
