@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from operator import mul
+from operator import mul, sub
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,6 @@ from qlora_tune.scores import (
     METRIC,
     METRICS,
     Interval,
-    average,
     bootstrap_mean,
     find_labels,
     is_exact_match,
@@ -330,7 +329,7 @@ def _measure_task(answers: Sequence[Answered], contracts: Contracts) -> list[_Me
                 found["contract"] = float(not contract.find_breaches(text))
             if labels:
                 found["label_accuracy"] = float(normalise_label(text) == normalise_label(answer.reference))
-            if nll is not None and answer.tokens:
+            if nll is not None and math.isfinite(nll) and answer.tokens:
                 found["loss"] = nll / answer.tokens
             if ended is not None:
                 found["ended"] = float(ended)
@@ -341,14 +340,17 @@ def _measure_task(answers: Sequence[Answered], contracts: Contracts) -> list[_Me
 
 def _score(task: str, answers: Sequence[Answered], measured: Sequence[_Measured]) -> TaskScore:
     """Means over rows, of the loss over tokens, and the intervals of their changes; F1 over a task's labels."""
-    base, tuned = average([row.base for row in measured]), average([row.tuned for row in measured])
+    base: dict[str, float] = {}
+    tuned: dict[str, float] = {}
     change = {}
-    for name in tuned:
+    for name in METRIC:
         rows = [row for row in measured if name in row.tuned and name in row.base]
+        if not rows:
+            continue
         weights = [row.tokens if name == "loss" else 1.0 for row in rows]
-        change[name] = bootstrap_mean([row.tuned[name] - row.base[name] for row in rows], weights)
-        for means, values in ((base, [row.base[name] for row in rows]), (tuned, [row.tuned[name] for row in rows])):
-            means[name] = sum(map(mul, values, weights)) / sum(weights)
+        before, after = [row.base[name] for row in rows], [row.tuned[name] for row in rows]
+        base[name], tuned[name] = (sum(map(mul, values, weights)) / sum(weights) for values in (before, after))
+        change[name] = bootstrap_mean([*map(sub, after, before)], weights)
     references = [answer.reference for answer in answers]
     for means, texts in ((base, [each.base for each in answers]), (tuned, [each.tuned for each in answers])):
         if "loss" in means:

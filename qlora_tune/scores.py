@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -216,12 +216,6 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
     bounds = mean + (np.quantile(np.concatenate(means), [0.025, 0.975]) - mean) * np.sqrt(len(rows) / (len(rows) - 1))
     low, high = np.clip(bounds, rows.min(), rows.max()).tolist()
     return Interval(mean, low, high)
-
-
-def average(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each measure over the answers that have it."""
-    names = [metric.name for metric in METRICS if any(metric.name in row for row in measures)]
-    return {name: sum(found) / len(found) for name in names if (found := [r[name] for r in measures if name in r])}
 
 
 def write_value(name: str, value: float, signed: bool = False) -> str:

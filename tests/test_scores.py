@@ -13,7 +13,6 @@ from conftest import ROOT
 from qlora_tune.scores import (
     INVALID,
     METRICS,
-    average,
     bootstrap_mean,
     find_labels,
     find_ungrounded,
@@ -196,12 +195,6 @@ def test_an_answer_has_the_measures_that_mean_something() -> None:
     assert measure_answer('{"a": 1}', '{"a": 1}', "")["json_f1"] == 1.0
     assert measure_answer("oops", "[1]", "")["json_valid"] == 0.0
     assert {*free, "json_f1", "json_valid"} <= {metric.name for metric in METRICS}
-
-
-def test_a_mean_is_over_the_answers_that_have_the_measure() -> None:
-    rows = [{"chrf": 1.0, "words": 2.0}, {"chrf": 0.5}, {}]
-    assert average(rows) == {"chrf": 0.75, "words": 2.0}
-    assert average([]) == {}
 
 
 @pytest.mark.parametrize("rows", [20, 60])
