@@ -344,16 +344,14 @@ def export_report(names: list[str]) -> tuple[Any, str]:
 
 def export_zip(names: list[str]) -> tuple[Any, str]:
     trained, run = first_tuned(names)
-    path = run.path / f"{run.name}.zip"
-    parity = export_adapter(trained, run, path)
+    parity = export_adapter(trained, run, path := run.path / f"{run.name}.zip")
     return hand_out(path), parts.show_message(f"{path.name}: unpacked, loaded again; {parity.describe()}.", "good")
 
 
 def export_merged(names: list[str], into: Any, dtype: Any) -> str:
     trained, run = first_tuned(names)
     parity = merge_adapter(trained, run, run.path / "merged", into, dtype)
-    words = f"Merged model: {run.path / 'merged'}; loaded again; {parity.describe()}."
-    return parts.show_message(words, "good")
+    return parts.show_message(f"Merged model: {run.path / 'merged'}; loaded again; {parity.describe()}.", "good")
 
 
 def rename(names: list[str], name: str) -> tuple[Any, ...]:
@@ -571,23 +569,16 @@ def serve(
     """Serve the page until Ctrl-C. Runs go on without it."""
     global runs_dir
     runs_dir, public = folder, share or host not in page_guard.LOOPBACK
-    auth = page_guard.ask_password(user, public)
+    options: Any = {"server_name": host, "server_port": port, "auth": page_guard.ask_password(user, public)}
+    options |= {"share": share, "ssr_mode": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
     launch.remove_old_uploads(runs_dir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and clears the cache
-    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nobody else's
     build().launch(
-        server_name=host,
-        server_port=port,
-        auth=auth,
-        share=share,
         app_kwargs=page_guard.app_options(public, MAX_UPLOAD_BYTES),
         max_file_size=MAX_UPLOAD_BYTES,
-        theme=gr.themes.Default(**fonts),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=parts.STYLE,
-        ssr_mode=False,
-        footer_links=[],
-        quiet=True,
-        prevent_thread_lock=True,
+        **options,
     )
     print(f"qlora-tune: http://{host}:{port}   (Ctrl-C ends the page; a run goes on)", flush=True)
     threading.Timer(3.0, pick_here).start()  # imports torch, but not while the first page is being built
