@@ -576,7 +576,7 @@ def serve(
     build().launch(
         app_kwargs=page_guard.app_options(public, MAX_UPLOAD_BYTES),
         max_file_size=MAX_UPLOAD_BYTES,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # local
         css=parts.STYLE,
         **options,
     )

@@ -254,8 +254,7 @@ def score_table(scores: Sequence[TaskScore]) -> str:
     heads = ["task", "rows", "base", "tuned", "change (95 %)", *(metric.label for metric in more)]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for score in scores:
-        values = (write_value(HEADLINE, side.get(HEADLINE, 0.0)) for side in (score.base, score.tuned))
-        cells = [table_cell(score.task), str(score.rows), *values, write_change(score, HEADLINE)]
+        cells = [table_cell(score.task), str(score.rows), *write_values(score, HEADLINE)]
         lines.append(f"| {' | '.join([*cells, *(write_from_to(score, metric.name) for metric in more)])} |")
     return "\n".join(lines)
 
@@ -265,10 +264,15 @@ def measure_table(score: TaskScore) -> str:
     lines = ["| measure | base | tuned | change (95 %) | |", "| --- | ---: | ---: | ---: | --- |"]
     for metric in METRICS:
         if metric.name in score.tuned:
-            values = (write_value(metric.name, side[metric.name]) for side in (score.base, score.tuned))
-            cells = [metric.label, *values, write_change(score, metric.name), metric.meaning]
+            cells = [metric.label, *write_values(score, metric.name), metric.meaning]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_values(score: TaskScore, name: str) -> list[str]:
+    """A measure of base and of tuned, and its change, in words; 0 where there are no rows."""
+    sides = (write_value(name, side.get(name, 0.0)) for side in (score.base, score.tuned))
+    return [*sides, write_change(score, name)]
 
 
 def write_change(score: TaskScore, name: str) -> str:
@@ -314,7 +318,7 @@ class _Measured(NamedTuple):
 
 def _measure_task(answers: Sequence[Answered], contracts: Contracts) -> list[_Measured]:
     """The measures of each of a task's rows."""
-    labels = set(find_labels([answer.reference for answer in answers]))
+    labels = find_labels([answer.reference for answer in answers])
     contract = contracts.find(answers[0].task)
     measured = []
     for answer in answers:
@@ -352,11 +356,12 @@ def _score(task: str, answers: Sequence[Answered], measured: Sequence[_Measured]
         base[name], tuned[name] = (sum(map(mul, values, weights)) / sum(weights) for values in (before, after))
         change[name] = bootstrap_mean([*map(sub, after, before)], weights)
     references = [answer.reference for answer in answers]
+    labels = find_labels(references)
     for means, texts in ((base, [each.base for each in answers]), (tuned, [each.tuned for each in answers])):
         if "loss" in means:
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
-        if answers and "label_accuracy" in means:
-            means["macro_f1"] = measure_macro_f1(texts, references, find_labels(references))
+        if labels:
+            means["macro_f1"] = measure_macro_f1(texts, references, labels)
     return TaskScore(task, len(measured), base, tuned, change)
 
 

@@ -25,6 +25,7 @@ from qlora_tune.evaluate import (
     read_comparison,
     write_change,
     write_from_to,
+    write_values,
 )
 from qlora_tune.runs import Run, read_json
 from qlora_tune.scores import METRIC, write_value
@@ -124,7 +125,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
         "change": write_change(total, HEADLINE),
         "more": more,
         "tasks": [_task_row(score, [metric.name for metric in more]) for score in [*by_task, total]],
-        "measures": [(METRIC[name], _values(total, name)) for name in METRIC if name in total.tuned],
+        "measures": [(METRIC[name], write_values(total, name)) for name in METRIC if name in total.tuned],
         "contracts": "\n".join(map(str, comparison.contracts.to_tables())),
         "samples": [
             (kind.capitalize(), Markup(parts.show_answers(pick_answers(comparison, kind, ANSWERS)))) for kind in kinds
@@ -135,12 +136,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
 def _task_row(score: TaskScore, names: Sequence[str]) -> tuple[TaskScore, tuple[float, float], list[str]]:
     shares = (100 * score.base[HEADLINE], 100 * score.tuned[HEADLINE])
     others = [write_from_to(score, name) for name in names]
-    return score, shares, [*_values(score, HEADLINE), *others]
-
-
-def _values(score: TaskScore, name: str) -> list[str]:
-    """A measure of base and tuned, and its change."""
-    return [*(write_value(name, side[name]) for side in (score.base, score.tuned)), write_change(score, name)]
+    return score, shares, [*write_values(score, HEADLINE), *others]
 
 
 def _figures(run: Run, state: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,10 +20,10 @@ from rich.text import Text
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_setting, describe_value
 from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED, ModelError
-from qlora_tune.evaluate import HEADLINE, Comparison, TaskScore, write_change
+from qlora_tune.evaluate import HEADLINE, Comparison, TaskScore, write_values
 from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
-from qlora_tune.scores import METRICS, is_exact_match, write_value
+from qlora_tune.scores import METRICS, is_exact_match
 from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
 
@@ -183,8 +183,7 @@ def show_comparison(comparison: Comparison, examples: int = 8) -> None:
     for score in [*comparison.by_task(), total]:
         if score is total:
             table.add_section()
-        values = (write_value(HEADLINE, side.get(HEADLINE, 0.0)) for side in (score.base, score.tuned))
-        cells = (escape(printable(score.task)), str(score.rows), *values, write_change(score, HEADLINE))
+        cells = (escape(printable(score.task)), str(score.rows), *write_values(score, HEADLINE))
         table.add_row(*cells, style="bold" if score is total else None)
     console.print(table)
     console.print(_all_measures(total))
@@ -200,8 +199,7 @@ def _all_measures(total: TaskScore) -> Table:
     )
     for metric in METRICS:
         if metric.name in total.tuned:
-            values = (write_value(metric.name, side[metric.name]) for side in (total.base, total.tuned))
-            table.add_row(metric.label, *values, write_change(total, metric.name))
+            table.add_row(metric.label, *write_values(total, metric.name))
     return table
 
 

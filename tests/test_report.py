@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from screenshots import CHROMIUM, CHROMIUM_FLAGS
 
 from qlora_tune.evaluate import Answered, Comparison, read_comparison, write_comparison
 from qlora_tune.report import render_report, write_report
@@ -102,16 +103,14 @@ def test_a_run_that_was_not_scored_has_a_report_that_says_so(run: Run) -> None:
     assert "<polyline" in html
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)")
 def test_it_opens_in_a_browser_without_a_complaint(run: Run) -> None:
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium is installed")
     asked: list[str] = []
     said: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
