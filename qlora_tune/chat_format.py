@@ -211,7 +211,7 @@ class ChatFormat:
 
     def _cut_at_answers(self, messages: Sequence[Message], mark: str, tools: Tools = ()) -> list[list[_Segment]]:
         """Cut the rendered conversation where answers begin and end; a new sequence where history is rewritten."""
-        turns = self._fold(messages)
+        turns = self.fold_system(messages)
         sequences: list[list[_Segment]] = []
         rendered: str | None = None
         for index, turn in enumerate(turns):
@@ -277,7 +277,7 @@ class ChatFormat:
         encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return {text: found.ids for text, found in zip(texts, encoded, strict=True)}
 
-    def _fold(self, messages: Sequence[Message]) -> list[Message]:
+    def fold_system(self, messages: Sequence[Message]) -> list[Message]:
         """Put the system turn in front of the first user turn where the template has no place for it."""
         if not self.folds_system or messages[0]["role"] != "system":
             return list(messages)

@@ -27,7 +27,7 @@ from qlora_tune.cli_train import (
     train_settings,
 )
 from qlora_tune.config import BUILTIN, list_presets, resolve_config, shipped_path
-from qlora_tune.errors import DataError, TuneError, join_problems
+from qlora_tune.errors import ConfigError, DataError, TuneError, join_problems
 from qlora_tune.flags import AnySettings, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
@@ -163,6 +163,7 @@ def export(
     runs_dir: RunsDir = "runs",
     output: Annotated[Path | None, Parameter(help="Zip or folder to write.", show_default=False)] = None,
     merged: Annotated[bool, Parameter(help="Write the merged 16-bit model instead of the adapter.")] = False,
+    gguf: Annotated[bool, Parameter(help="Write the adapter for llama.cpp and Ollama, with a Modelfile.")] = False,
     into: Annotated[
         Literal["quantized", "original"],
         Parameter(help="Merge into the dequantized 4-bit base (what was trained), or the original one (close)."),
@@ -170,15 +171,21 @@ def export(
     dtype: Annotated[Literal["bfloat16", "float32"], Parameter(help="Number format of the merged model.")] = "bfloat16",
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
 ) -> None:
-    """Export a run's adapter as a zip, or the merged model; each is loaded again and compared."""
-    from qlora_tune.export import export_adapter, merge_adapter
+    """Export a run's adapter as a zip, as GGUF, or the merged model; each is loaded again and compared."""
+    from qlora_tune.export import export_adapter, export_gguf, merge_adapter
 
+    if merged and gguf:
+        raise ConfigError("--merged writes a whole model, --gguf the adapter alone. Choose one of them.")
     found = find_run(run, runs_dir)
     trained = open_trained(found, model_name_or_path)
     if merged:
         target = output or found.path / "merged"
         parity = merge_adapter(trained, found, target, into, dtype)
         done = f"merged model: {target}"
+    elif gguf:
+        target = output or found.path / "gguf"
+        parity = export_gguf(trained, found, target)
+        done = f"adapter for llama.cpp and Ollama: {target}"
     else:
         target = output or found.path / f"{found.name}.zip"
         parity = export_adapter(trained, found, target)

@@ -19,8 +19,17 @@ from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import BUILTIN
 from qlora_tune.errors import ExportError
 from qlora_tune.evaluate import measure_table, read_comparison, score_table
-from qlora_tune.generate import stop_ids
+from qlora_tune.generate import stop_ids, stop_words
+from qlora_tune.gguf_adapter import (
+    read_gguf_adapter,
+    read_header_text,
+    read_peft_pairs,
+    refuse_other_products,
+    write_gguf_adapter,
+    write_peft_pairs,
+)
 from qlora_tune.model import Device, Precision, Quantization
+from qlora_tune.modelfile import find_pieces, refuse_other_modelfile, write_modelfile
 from qlora_tune.parity import Parity, compared_rows, measure_parity, refuse_other_format, refuse_other_weights
 from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Example
@@ -179,6 +188,28 @@ def merge_adapter(
     return parity
 
 
+def export_gguf(trained: Trained, run: Run, target: Path) -> Parity:
+    """Write a folder for llama.cpp and Ollama: the adapter as GGUF, a Modelfile, the chat template, the card.
+
+    The GGUF is read back: its products must be the trained adapter's, and as an adapter on the base it must give the
+    very answers and distributions of the trained one. The Modelfile, read back, must render the prompts of held-out
+    rows as the chat template does, and end answers at the same tokens. Raises ExportError otherwise, and for a base
+    that has no place in gguf_adapter.ARCHITECTURES; nothing is left behind then.
+    """
+    if target.exists():
+        raise ExportError(f"{target} is there already. Delete it, or choose another place (--output).")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        _write_gguf_files(trained, run, folder)
+        parity = _compare_gguf(trained, run, folder)
+        (folder / "README.md").write_text(write_model_card(trained, run, parity), encoding="utf-8")
+        _refuse_private(folder, trained)
+        folder.rename(target)
+    return parity
+
+
 def write_model_card(trained: Trained, run: Run, parity: Parity | None = None, merged_into: str | None = None) -> str:
     """The model card: what was tuned on what, how it scored, how to load it, where its limits are."""
     config = run.read_config()
@@ -252,6 +283,15 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
     (folder / "README.md").write_text(write_model_card(trained, run), encoding="utf-8")
 
 
+def _write_gguf_files(trained: Trained, run: Run, folder: Path) -> None:
+    chat, base = trained.chat, read_json(trained.base.path / "config.json")
+    write_gguf_adapter(trained.adapter, base, folder / f"{run.name}.gguf", run.name, trained.base.label)
+    _copy(trained.adapter, folder, ("chat_template.jinja",))
+    context = trained.base.context_length()
+    text = write_modelfile(find_pieces(chat), stop_words(chat), f"{run.name}.gguf", trained.base.label, context)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
 def _write_generation_config(trained: Trained, folder: Path) -> None:
     """Without it nothing stops generation at the chat template's end of turn."""
     content = {"eos_token_id": stop_ids(trained.chat), "pad_token_id": trained.tokenizer.pad_token_id}
@@ -279,7 +319,8 @@ def _refuse_private(folder: Path, trained: Trained) -> None:
         # A vocabulary holds pieces of paths that are nobody's.
         if path.suffix == ".safetensors" or path.name in VOCABULARY_FILES or not path.is_file():
             continue
-        text = path.read_text(encoding="utf-8", errors="replace")
+        is_gguf = path.suffix == ".gguf"
+        text = read_header_text(path) if is_gguf else path.read_text(encoding="utf-8", errors="replace")
         found = next((entry for entry in private if entry in text), None)
         if not found:
             match = _LOCAL_PATH.search(text) or _SECRET.search(text)
@@ -310,6 +351,21 @@ def _compare_adapters(trained: Trained, folder: Path, rows: list[Example]) -> Pa
             f"The exported adapter answers otherwise than the trained one: {parity.describe()}. It was not kept."
         )
     return parity
+
+
+def _compare_gguf(trained: Trained, run: Run, folder: Path) -> Parity:
+    """Compare what was written for llama.cpp and Ollama with the trained adapter, all of it read back."""
+    rows, path = compared_rows(run), folder / f"{run.name}.gguf"
+    expected = read_peft_pairs(trained.adapter)
+    found = read_gguf_adapter(path, read_json(trained.base.path / "config.json"), list(expected))
+    refuse_other_products(path, found, expected)
+    refuse_other_modelfile((folder / "Modelfile").read_text(encoding="utf-8"), trained.chat, rows)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        back = Path(scratch)
+        _write_adapter_files(trained, run, back)
+        _copy(folder, back, ("chat_template.jinja",))
+        write_peft_pairs(back, found)
+        return _compare_adapters(trained, back, rows)
 
 
 def _compare_merged(trained: Trained, folder: Path, rows: list[Example], same_base: bool = True) -> Parity:

@@ -33,6 +33,11 @@ def stop_ids(chat: ChatFormat) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
+def stop_words(chat: ChatFormat) -> list[str]:
+    """The text of the tokens that end an answer."""
+    return [chat.tokenizer.decode([token]) for token in stop_ids(chat)]
+
+
 def generate_answers(
     model: Any,
     chat: ChatFormat,

@@ -61,6 +61,8 @@ ORDER = [
     "train",
     "evaluate",
     "parity",
+    "gguf_adapter",
+    "modelfile",
     "export",
     "chat",
     "terminal",
