@@ -203,6 +203,7 @@ def _score(
     run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = ""
 ) -> None:
     from qlora_tune import evaluate as scores
+    from qlora_tune.prepare import find_plain_text
     from qlora_tune.report import write_report
 
     if not examples or not config.score_rows:
@@ -224,6 +225,7 @@ def _score(
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
             contracts=read_contracts(Path(config.contracts)) if config.contracts else NO_CONTRACTS,
+            plain_text=None if name else find_plain_text(config),
             on_progress=on_progress,
         )
     answers = scores.write_comparison(run, comparison, name)

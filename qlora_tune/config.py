@@ -145,6 +145,10 @@ class TrainConfig(BaseModel):
         None, "Evaluation", "TOML file of what the answers of each task must hold: labels, regex, JSON schema, length."
     )
 
+    plain_text: str | None = setting(
+        "auto", "Evaluation", "Text file whose loss before and after shows what was forgotten; `auto`: a shipped page."
+    )
+
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
     run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")
 

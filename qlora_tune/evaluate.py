@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from qlora_tune.chat_format import IGNORED, ChatFormat
 from qlora_tune.contracts import NO_CONTRACTS, Contracts, make_contracts
 from qlora_tune.errors import ConfigError, RunError
+from qlora_tune.forgetting import Forgetting, measure_forgetting
 from qlora_tune.generate import answer_prompts, context_length, decode_answer, faster_answers
 from qlora_tune.likelihood import PackedSequence, pack_sequence, score_sequences
 from qlora_tune.runs import Run, read_json, write_json
@@ -75,6 +76,7 @@ class Comparison:
 
     answers: list[Answered]
     contracts: Contracts = NO_CONTRACTS
+    forgetting: Forgetting | None = None
 
     def by_task(self) -> list[TaskScore]:
         """Scores by task, in alphabetical order."""
@@ -105,13 +107,15 @@ def compare(
     batch_size: int,
     seed: int,
     contracts: Contracts = NO_CONTRACTS,
+    plain_text: Path | None = None,
     on_progress: Callable[[str, int, int], None] = lambda who, done, total: None,
 ) -> Comparison:
     """Let an adapter's model answer held-out rows with the adapter and without it.
 
     At most `score_rows` rows, drawn by seed. One loaded base serves both: with the adapter disabled it is the base,
     to the last bit. Answers end at the longest reference plus 16 tokens (beyond it none could match), or at
-    `max_new_tokens`. `on_progress` gets "base" or "tuned", rows answered and rows in all.
+    `max_new_tokens`. Both also read the file `plain_text`. `on_progress` gets "base" or "tuned", rows answered and
+    rows in all.
     """
     chosen = _draw(examples, score_rows, seed)
     conversations = [_through_learned(example) for example in chosen]
@@ -162,6 +166,7 @@ def compare(
             )
         ],
         contracts,
+        measure_forgetting(model, chat.tokenizer, plain_text, batch_size) if plain_text else None,
     )
 
 
@@ -176,6 +181,7 @@ def write_comparison(run: Run, comparison: Comparison, name: str = "") -> Path:
         "all": asdict(comparison.total()),
         "by_task": [asdict(score) for score in comparison.by_task()],
         "contracts": comparison.contracts.to_tables(),
+        "forgetting": asdict(comparison.forgetting) if comparison.forgetting else None,
         "answers": [asdict(answer) for answer in comparison.answers],
     }
     write_json(run.path / f"scores{end}.json", scores)
@@ -192,7 +198,12 @@ def read_comparison(run: Run, name: str = "") -> Comparison:
     content = read_json(path)
     try:
         answers = [Answered(**{**answer, "prompt": tuple(answer["prompt"])}) for answer in content.get("answers", [])]
-        return Comparison(answers, make_contracts(content.get("contracts", []), str(path)))
+        forgetting = content.get("forgetting")
+        return Comparison(
+            answers,
+            make_contracts(content.get("contracts", []), str(path)),
+            Forgetting(**{**forgetting, "change": Interval(*forgetting["change"])}) if forgetting else None,
+        )
     except (TypeError, KeyError, ConfigError):
         raise RunError(f"{path}: holds answers of another form. Score the run again.") from None
 
@@ -240,6 +251,7 @@ def to_markdown(comparison: Comparison) -> str:
             "",
             measure_table(comparison.total()),
             "",
+            *([f"{comparison.forgetting.describe().capitalize()}.", ""] if comparison.forgetting else []),
             "## Answers side by side",
             "",
             *sides,

@@ -284,8 +284,10 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
 
 
 def _write_gguf_files(trained: Trained, run: Run, folder: Path) -> None:
-    chat, base = trained.chat, read_json(trained.base.path / "config.json")
-    write_gguf_adapter(trained.adapter, base, folder / f"{run.name}.gguf", run.name, trained.base.label)
+    chat = trained.chat
+    write_gguf_adapter(
+        trained.adapter, trained.base.read_config(), folder / f"{run.name}.gguf", run.name, trained.base.label
+    )
     _copy(trained.adapter, folder, ("chat_template.jinja",))
     context = trained.base.context_length()
     text = write_modelfile(find_pieces(chat), stop_words(chat), f"{run.name}.gguf", trained.base.label, context)
@@ -357,7 +359,7 @@ def _compare_gguf(trained: Trained, run: Run, folder: Path) -> Parity:
     """Compare what was written for llama.cpp and Ollama with the trained adapter, all of it read back."""
     rows, path = compared_rows(run), folder / f"{run.name}.gguf"
     expected = read_peft_pairs(trained.adapter)
-    found = read_gguf_adapter(path, read_json(trained.base.path / "config.json"), list(expected))
+    found = read_gguf_adapter(path, trained.base.read_config(), list(expected))
     refuse_other_products(path, found, expected)
     refuse_other_modelfile((folder / "Modelfile").read_text(encoding="utf-8"), trained.chat, rows)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tune.errors import ExportError
+from qlora_tune.runs import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -130,13 +131,12 @@ def refuse_other_products(path: Path, found: Mapping[str, LoraPair], expected: M
 
 def read_peft_pairs(adapter: Path) -> dict[str, LoraPair]:
     """The matrices of an adapter's folder by layer, in float32. Raises ExportError for what is no plain LoRA."""
-    from peft import LoraConfig
     from safetensors.torch import load_file
 
-    config = LoraConfig.from_pretrained(adapter)
-    if config.use_dora:
+    config = read_json(adapter / "adapter_config.json")
+    if config["use_dora"]:
         raise ExportError("GGUF has no place for DoRA's magnitudes. Export the merged model: --merged.")
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         match = _PEFT_NAME.fullmatch(name)
@@ -148,13 +148,11 @@ def read_peft_pairs(adapter: Path) -> dict[str, LoraPair]:
 
 def write_peft_pairs(folder: Path, pairs: Mapping[str, LoraPair]) -> None:
     """Put matrices into an adapter's folder in the place of its own, with the scaling that they have."""
-    from peft import LoraConfig
     from safetensors.torch import save_file
 
-    config = LoraConfig.from_pretrained(folder)
     rank, scaling = _shared(pairs)
-    config.use_rslora, config.lora_alpha = False, scaling * rank
-    config.save_pretrained(folder)
+    changes = {"use_rslora": False, "lora_alpha": scaling * rank}
+    write_json(folder / "adapter_config.json", read_json(folder / "adapter_config.json") | changes)
     prefix = "base_model.model."
     sides = (
         (f"{prefix}{layer}.lora_{side}.weight", matrix)

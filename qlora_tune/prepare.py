@@ -16,7 +16,7 @@ from qlora_tune import data as rows
 from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
-from qlora_tune.config import TrainConfig, load_preset, shipped_path
+from qlora_tune.config import BUILTIN, TrainConfig, load_preset, shipped_path
 from qlora_tune.contracts import read_contracts
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
@@ -32,6 +32,7 @@ SHORT_ROWS = 256
 # A CPU's batches are padded to a multiple of this [tokens]: oneDNN compiles and keeps kernels for every new length,
 # 0.5 GB more after 30 steps without rounding up.
 PAD_TO = 16
+LARGEST_TEXT = 1 << 20  # of plain text [bytes]: more takes long and says no more
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def prepare(config: TrainConfig) -> Setup:
     _refuse_longer_than_context(config.max_length, base)
     if config.contracts:
         read_contracts(Path(config.contracts))  # a faulty one is told now, not once the training is done
+    find_plain_text(config)
     tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
     precision = precision_of(config, device)
     if precision == "float16" and device.kind == "cpu":
@@ -245,6 +247,26 @@ def optimizer_of(config: TrainConfig, device: Device) -> str:
 def quantization_of(config: TrainConfig) -> Quantization:
     """How the settings say the base is held."""
     return Quantization(config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+
+
+def find_plain_text(config: TrainConfig) -> Path | None:
+    """The text on which forgetting is measured: a shipped page, the built-in base's in its own small language.
+
+    Raises ConfigError where the user's own can't be read as text, before hours are spent on training.
+    """
+    if config.plain_text is None:
+        return None
+    page = "builtin/plain_text.txt" if config.model_name_or_path == BUILTIN else "plain_text.txt"
+    path = shipped_path(page) if config.plain_text == "auto" else Path(config.plain_text)
+    try:
+        size, text = path.stat().st_size, path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"plain_text: {path} can't be read: {error.strerror}. Name a text file, or none.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"plain_text: {path} is no text in UTF-8. Name a text file, or none.") from None
+    if size > LARGEST_TEXT or not text.strip():
+        raise ConfigError(f"plain_text: {path} has {size:,} bytes; expected some text of at most {LARGEST_TEXT:,}.")
+    return path
 
 
 def training_files(config: TrainConfig) -> list[str]:

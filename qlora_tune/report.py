@@ -73,6 +73,7 @@ h1 { margin-bottom: 0; } h2 { margin: 2rem 0 .25rem; font-size: 19px; }
 {% for metric, cells in measures %}<tr><td>{{ metric.label }}</td>
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}<td class="soft">{{ metric.meaning }}</td></tr>
 {% endfor %}</table>
+{% if forgetting %}<p>{{ forgetting }}.</p>{% endif %}
 {% if contracts %}<details><summary>Contracts</summary><pre>{{ contracts }}</pre></details>{% endif %}{% endif %}
 <h2>How it learned</h2><div class="plots">{{ plots }}</div>
 {% for title, answers in samples %}<h2>{{ title }} answers</h2>{{ answers }}{% endfor %}
@@ -126,6 +127,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
         "more": more,
         "tasks": [_task_row(score, [metric.name for metric in more]) for score in [*by_task, total]],
         "measures": [(METRIC[name], write_values(total, name)) for name in METRIC if name in total.tuned],
+        "forgetting": comparison.forgetting.describe().capitalize() if comparison.forgetting else "",
         "contracts": "\n".join(map(str, comparison.contracts.to_tables())),
         "samples": [
             (kind.capitalize(), Markup(parts.show_answers(pick_answers(comparison, kind, ANSWERS)))) for kind in kinds
@@ -173,4 +175,12 @@ def _recipe(run: Run, config: TrainConfig, state: dict[str, Any]) -> list[tuple[
     return [("data", files), ("rows", rows), ("trained on", trained), *settings, *prints]
 
 
-_PRIVATE = ("data", "heldout_data", "runs_dir", "run_name", "model_name_or_path", "contracts")  # may hold local paths
+_PRIVATE = (
+    "data",
+    "heldout_data",
+    "runs_dir",
+    "run_name",
+    "model_name_or_path",
+    "contracts",
+    "plain_text",
+)  # may hold local paths

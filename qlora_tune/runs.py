@@ -168,6 +168,9 @@ def new_run(config: TrainConfig) -> Run:
     # Absolute, so that the run can be resumed and opened from anywhere.
     for key in ("data", "heldout_data"):
         settings[key] = [str(Path(file).resolve()) for file in settings[key]]
+    for key in ("contracts", "plain_text"):
+        if settings.get(key, "auto") != "auto":
+            settings[key] = str(Path(settings[key]).resolve())
     if Path(config.model_name_or_path).is_dir():
         settings["model_name_or_path"] = str(Path(config.model_name_or_path).resolve())
     (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
@@ -253,7 +256,7 @@ def fingerprint_files(paths: Sequence[str | Path]) -> str:
 
 def fingerprint_settings(config: TrainConfig) -> str:
     """Hash the settings that shape training; where the run's folder lies doesn't."""
-    settings = config.model_dump(exclude={"runs_dir", "run_name", "score_rows", "max_new_tokens"})
+    settings = config.model_dump(exclude={"runs_dir", "run_name", "score_rows", "max_new_tokens", "plain_text"})
     for key in ("data", "heldout_data", "model_name_or_path"):  # known by their content
         settings.pop(key)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

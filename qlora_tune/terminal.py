@@ -187,6 +187,8 @@ def show_comparison(comparison: Comparison, examples: int = 8) -> None:
         table.add_row(*cells, style="bold" if score is total else None)
     console.print(table)
     console.print(_all_measures(total))
+    if comparison.forgetting:
+        say(comparison.forgetting.describe())
 
 
 def _all_measures(total: TaskScore) -> Table:

@@ -275,13 +275,26 @@ def write_corpus(path: Path, seed: int, shard: int, size_chars: int) -> None:
                 return
 
 
+def write_plain(path: Path, seed: int, size_chars: int) -> None:
+    """Write a page without marks, one document a line or more: text to measure a loss on (qlora_tune/forgetting.py)."""
+    documents = (document for document in generate_documents(seed, 0) if START not in document)
+    text = ""
+    while len(text) < size_chars:
+        text += next(documents).removesuffix(END_OF_TEXT) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/base/corpus.txt"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", type=int, default=0, help="which independent part of the stream")
     parser.add_argument("--size", type=int, default=1_000_000, help="about how much text [characters]")
+    parser.add_argument("--plain", action="store_true", help="one page without marks")
     args = parser.parse_args()
+    if args.plain:
+        write_plain(args.out, args.seed, args.size)
+        return
     write_corpus(args.out, args.seed, args.shard, args.size)
 
 

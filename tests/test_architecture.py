@@ -56,6 +56,7 @@ ORDER = [
     "fast",
     "generate",
     "likelihood",
+    "forgetting",
     "selection",
     "trainer",
     "train",
