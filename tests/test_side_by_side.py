@@ -6,11 +6,13 @@ import io
 import json
 import re
 import shutil
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from qlora_tune import evaluate
 from qlora_tune.answer_files import LETTERS, count_exact, read_answers, write_answers
@@ -40,11 +42,7 @@ def runs(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("zebu", "okapi"):
         shutil.copytree(finished[0].path, folder / name, ignore=shutil.ignore_patterns("checkpoints"))
         Run(folder / name).update_state(pid=None)
-    change_weights(folder / "okapi" / "adapter", lambda weights: {name: -each for name, each in weights.items()})
-    change_weights(
-        folder / "okapi" / "adapter",
-        lambda weights: {name: 0.7 * each if "lora_B" in name else -each for name, each in weights.items()},
-    )
+    change_weights(folder / "okapi" / "adapter", lambda weights: {name: 0.8 * each for name, each in weights.items()})
     return folder
 
 
@@ -144,10 +142,9 @@ def learned(runs: Path, tmp_path: Path) -> tuple[Path, list[Any]]:
         files.append(str(tmp_path / f"{name}.jsonl"))
         Path(files[-1]).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     gnu = Run(folder / "gnu")
-    (gnu.path / "config.toml").write_text(
-        re.sub(r"(?m)^(data|heldout_data) = .*(\n(    |\]).*)*", "", (gnu.path / "config.toml").read_text())
-        + f"\ndata = {files[:1]}\nheldout_data = {files[1:]}\n"
-    )
+    config = tomllib.loads((gnu.path / "config.toml").read_text())
+    config |= {"data": files[:1], "heldout_data": files[1:]}
+    (gnu.path / "config.toml").write_text(tomli_w.dumps(config))
     gnu.write_heldout([])
     gnu.update_state(data_fingerprint=fingerprint_files(files))
     return folder, shared
