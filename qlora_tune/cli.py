@@ -14,6 +14,7 @@ from cyclopts.validators import Number
 from rich.markup import escape
 
 from qlora_tune import __version__, terminal
+from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.cli_train import (
     ConfigFile,
@@ -42,7 +43,7 @@ after, export."""
 
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
-for command in (train, evaluate, check, mix, select, pairs):
+for command in (train, evaluate, compare, check, mix, select, pairs):
     app.command(command)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import mul, sub
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from qlora_tune.chat_format import IGNORED, ChatFormat
 from qlora_tune.contracts import NO_CONTRACTS, Contracts, make_contracts
@@ -34,6 +34,7 @@ from qlora_tune.scores import (
 from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
 
+_Row = TypeVar("_Row")
 HEADLINE = "exact_match"
 BY_TASK = ("contract", "label_accuracy", "macro_f1", "json_valid", "json_f1", "chrf", "loss")  # beside it, by task
 
@@ -117,8 +118,8 @@ def compare(
     `max_new_tokens`. Both also read the file `plain_text`. `on_progress` gets "base" or "tuned", rows answered and
     rows in all.
     """
-    chosen = _draw(examples, score_rows, seed)
-    conversations = [_through_learned(example) for example in chosen]
+    chosen = draw(examples, score_rows, seed)
+    conversations = [through_learned(example) for example in chosen]
     offered = [example.tools for example in chosen]
     encoded = [chat.encode_answer(turns, tools) for turns, tools in zip(conversations, offered, strict=True)]
     limit = min(max_new_tokens, max(map(len, encoded), default=0) + 16)
@@ -152,7 +153,7 @@ def compare(
                 source=example.source,
                 task=example.task or NO_TASK,
                 prompt=turns[:-1],
-                reference=_reference(chat, turns, answer),
+                reference=write_reference(chat, turns, answer),
                 base=base,
                 tuned=tuned,
                 base_ended=base_ended,
@@ -303,19 +304,20 @@ def write_from_to(score: TaskScore, name: str) -> str:
     return f"{before} → {after}"
 
 
-def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    if len(examples) <= count:
-        return list(examples)
-    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+def draw(rows: Sequence[_Row], count: int, seed: int) -> list[_Row]:
+    """At most so many rows, drawn by seed, in their order."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
-def _through_learned(example: Example) -> tuple[Message, ...]:
+def through_learned(example: Example) -> tuple[Message, ...]:
     """The conversation as far as something in it is to be learned: an answer of weight 0 is no reference."""
     learned = [i for i, t in enumerate(example.messages) if t["role"] == "assistant" and t.get("learn", True)]
     return example.messages[: learned[-1] + 1]
 
 
-def _reference(chat: ChatFormat, turns: Sequence[Message], encoded: list[int]) -> str:
+def write_reference(chat: ChatFormat, turns: Sequence[Message], encoded: list[int]) -> str:
     """What the last turn says; where it calls functions, as the model is to write it."""
     return decode_answer(chat, encoded) if turns[-1].get("tool_calls") else turns[-1]["content"]
 

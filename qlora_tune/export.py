@@ -341,7 +341,7 @@ def _compare_adapters(trained: Trained, folder: Path, rows: list[Example]) -> Pa
     """Compare an unpacked adapter with the trained one, both on one base. Raises ExportError where they differ."""
     refuse_other_format(trained.chat, folder, rows)
     model = trained.load(folder)
-    model.load_adapter(str(trained.adapter), "trained", is_trainable=False)
+    models.load_adapter(model, trained.adapter, trained.base, "trained")
 
     def ready(name: str) -> Any:
         model.set_adapter(name)

@@ -332,12 +332,8 @@ def write_adapter_record(folder: Path, base: BaseModel, quantization: Quantizati
 
 def read_adapter_record(folder: Path) -> dict[str, Any]:
     """Read what write_adapter_record wrote. Raises ModelError when the folder holds no adapter of ours."""
-    missing = [
-        name
-        for name in ("adapter_model.safetensors", "adapter_config.json", ADAPTER_RECORD)
-        if not (folder / name).is_file()
-    ]
-    if missing:
+    files = ("adapter_model.safetensors", "adapter_config.json", ADAPTER_RECORD)
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise ModelError(
             f"{folder}: no adapter made by qlora-tune ({', '.join(missing)} missing). Expected a run's adapter "
             "folder or an unpacked export."
@@ -352,8 +348,8 @@ def read_adapter_record(folder: Path) -> dict[str, Any]:
 
 
 @one_at_a_time
-def load_adapter(model: Any, folder: Path, base: BaseModel) -> Any:
-    """Put a trained adapter on its base. Raises ModelError for another base, or for missing or surplus tensors."""
+def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default") -> Any:
+    """Put an adapter on its base, also beside others. Raises ModelError for another base or for other tensors."""
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
@@ -363,20 +359,23 @@ def load_adapter(model: Any, folder: Path, base: BaseModel) -> Any:
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             stored = set(file.keys())
-        tuned = PeftModel.from_pretrained(model, folder, is_trainable=False)
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, name)
     except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: the adapter is damaged: {error}") from None
     expected = {
-        name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        for name, _ in tuned.named_parameters()
-        if "lora_" in name
+        parameter.replace(f".{name}.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        for parameter, _ in model.named_parameters()
+        if "lora_" in parameter and f".{name}." in parameter
     }
     if stored != expected:
         raise ModelError(
             f"{folder}: the adapter file has {len(stored)} tensors, the model expects {len(expected)}, and "
             f"{len(stored ^ expected)} names differ. The file is incomplete or was changed."
         )
-    return tuned
+    return model
 
 
 def refuse_other_base(folder: Path, record: dict[str, Any], base: BaseModel) -> NoReturn:

@@ -198,31 +198,52 @@ def _refuse_twice(files: Sequence[str]) -> None:
 def other_examples(run: Run, files: Sequence[str], chat: ChatFormat) -> tuple[list[Example], DataReport]:
     """Rows of other files to score a run on, and what became of the rest.
 
-    Left out are rows whose prompt the run was trained on, and rows longer than its max_length. Raises DataError when
-    nothing is left, or when the training files have changed, so that nobody can tell what was trained on.
+    Left out is what leave_out_seen leaves out. Raises DataError as that does, and when nothing is left.
     """
     config, names = run.read_config(), rows.find_data(files)
-    _refuse_twice(names)
-    training = training_files(config)
-    known = [*training, *heldout_files(config)]
-    if any(not Path(file).exists() for file in known) or (
-        fingerprint_files(known) != run.read_state()["data_fingerprint"]
+    candidates, report = load_others(config, names)
+    kept, problems = leave_out_seen(run, candidates, chat, names)
+    report.problems += problems
+    if not kept:
+        raise DataError(join_problems("No row of these files is left to score.", [str(p) for p in report.problems]))
+    return kept, report
+
+
+def load_others(config: TrainConfig, files: Sequence[str]) -> tuple[list[Example], DataReport]:
+    """Read files that a run of these settings was not given; their names are told from those of its training files."""
+    _refuse_twice(files)
+    return load_files(config, files, rows.label_files([*files, *training_files(config)]))
+
+
+def leave_out_seen(
+    run: Run, examples: Sequence[Example], chat: ChatFormat, files: Sequence[str] = ()
+) -> tuple[list[Example], list[DataProblem]]:
+    """Leave out examples whose prompt a run was trained on, and those longer than its max_length; and say which.
+
+    `files` are those that the examples are from. Raises DataError when the run's own files have changed, so that
+    nobody can tell what it was trained on. Rows that it held out need no look at them.
+    """
+    config = run.read_config()
+    heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
+    clean, leaks = list(examples), list[DataProblem]()
+    if not {rows.duplicate_key(example) for example in examples} <= heldout:
+        training = training_files(config)
+        _refuse_changed(run, [*training, *heldout_files(config)])
+        trained_on, _ = load_files(config, training, rows.label_files([*files, *training]))
+        clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], examples)
+    sequences, too_long = tokenize_examples(chat, clean, config.max_length)
+    whole = {sequence.source for sequence in sequences}
+    return [example for example in clean if example.source in whole], leaks + too_long
+
+
+def _refuse_changed(run: Run, files: Sequence[str]) -> None:
+    if any(not Path(file).exists() for file in files) or (
+        fingerprint_files(files) != run.read_state()["data_fingerprint"]
     ):
         raise DataError(
             f"The files that {run.name} was trained on are gone or have changed, so which rows are new to it can't be "
-            f"told. Put them back: {', '.join(known)}"
+            f"told. Put them back: {', '.join(files)}"
         )
-    labels = rows.label_files([*names, *training])
-    candidates, report = load_files(config, names, labels)
-    heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
-    trained_on, _ = load_files(config, training, labels)
-    clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], candidates)
-    sequences, too_long = tokenize_examples(chat, clean, config.max_length)
-    report.problems += leaks + too_long
-    whole = {sequence.source for sequence in sequences}
-    if not whole:
-        raise DataError(join_problems("No row of these files is left to score.", [str(p) for p in report.problems]))
-    return [example for example in clean if example.source in whole], report
 
 
 def load_files(

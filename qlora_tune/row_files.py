@@ -17,7 +17,7 @@ from qlora_tune.turns import Message
 
 def to_row(example: Example) -> dict[str, Any]:
     """An example in the words of the data files, with where it came from."""
-    row = {"messages": [_to_turn(turn) for turn in example.messages], "task": example.task, "source": example.source}
+    row = {"messages": [to_turn(turn) for turn in example.messages], "task": example.task, "source": example.source}
     return {**row, "tools": list(example.tools)} if example.tools else row
 
 
@@ -76,7 +76,7 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path]) ->
             raise ConfigError(f"{output}: is one of the files that are read. Give what is written another name.")
 
 
-def _to_turn(turn: Message) -> dict[str, Any]:
+def to_turn(turn: Message) -> dict[str, Any]:
     """A turn whose calls are written as OpenAI writes them, and whose weight of 0 says that it is context only."""
     row: dict[str, Any] = {name: value for name, value in turn.items() if name not in ("learn", "tool_calls")}
     if calls := turn.get("tool_calls"):

@@ -11,6 +11,7 @@ RUN/checkpoints/      resumable states, each with a manifest of hashes
 RUN/adapter/          the trained adapter
 RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
 RUN/report.html       all of it for people, on one page
+RUN/votes.jsonl       which answers people found best (compare --vote)
 """
 
 from __future__ import annotations

@@ -56,12 +56,12 @@ def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
     assert sum(path.stat().st_size for path in data) <= 10_000_000
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md"])
 def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
     assert commands <= set(app), commands - set(app)
-    names = ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
+    names = ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config", "compare")
     helps = "".join(
         subprocess.run(
             [sys.executable, *command, "--help"],
