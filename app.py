@@ -49,7 +49,7 @@ SAMPLE = "the built-in sample"
 MAX_UPLOAD_BYTES = 1 << 30
 MAIN = ["model_name_or_path", "data", "preset", "num_train_epochs", "max_length"]
 MAIN += ["per_device_train_batch_size", "learning_rate", "heldout_share"]
-NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir"))]
+NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir", "holdout_clusters"))]
 KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a change of preset leaves these
 runs_dir = "runs"  # set once, by serve
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,25 +10,29 @@ from cyclopts import Parameter
 
 from qlora_tune import terminal
 from qlora_tune.cli_data import DataFiles
-from qlora_tune.config import ResolvedConfig, TrainConfig, resolve_config
+from qlora_tune.config import AUTO, ResolvedConfig, TrainConfig, resolve_config
 from qlora_tune.contracts import NO_CONTRACTS, read_contracts
 from qlora_tune.errors import ConfigError, TuneError
 from qlora_tune.flags import AnySettings, given_flags
-from qlora_tune.launch import lock_device, refuse_busy_device
+from qlora_tune.launch import DeviceLock, lock_device, refuse_busy_device
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
-from qlora_tune.runs import Run, latest_run, new_run, open_run
+from qlora_tune.runs import UNSEEN, Run, latest_run, new_run, open_run
 from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
     from qlora_tune.chat_format import ChatFormat
     from qlora_tune.export import Trained
     from qlora_tune.prepare import Setup
+    from qlora_tune.rotation import Planned
     from qlora_tune.shapes import Example
+
+    Choose = Callable[[list[Example]], list[Example]]  # which unseen rows to score
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
 OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
 CONTRACTS_HELP = "TOML file of what the answers of each task must hold, instead of the run's own."
+FIT_TERMINAL = 7  # columns of the experiment's table; its file has them all
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
 
@@ -54,7 +59,14 @@ def train(
         _resume(open_run(resume))
         return
     launched = _find_launched(config) if config and not files and not given_flags(settings) else None
-    run = _start(launched) if launched else train_settings(resolve_settings(files, config, settings))
+    if launched:
+        run = _start(launched)
+    else:
+        resolved = resolve_settings(files, config, settings)
+        if resolved.config.holdout_tasks == [AUTO]:
+            _rotate(resolved)
+            return
+        run = train_settings(resolved)
     say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
 
 
@@ -74,12 +86,16 @@ def evaluate(
         read_contracts(contracts)
         config = config.model_copy(update={"contracts": str(contracts)})
     trained = open_trained(found, None)
-    examples, report = other_examples(found, data, trained.chat) if data else (found.read_heldout(), None)
-    if report and report.problems:
+    if not data:
+        _score_run(found, config, trained.load(), trained.chat, found.read_heldout(), found.read_unseen())
+        return
+    examples, report = other_examples(found, data, trained.chat)
+    if report.problems:
         say(f"{report.rejected} of {report.rows_in} rows not scored:")
         terminal.show_problems(report)
     name = "-".join(Path(file).stem for file in data)
-    _score(found, config, trained.load(), trained.chat, examples, name)
+    # A file called unseen.jsonl must not take the place of the run's own unseen tasks.
+    _score(found, config, trained.load(), trained.chat, examples, "other-unseen" if name == UNSEEN else name)
 
 
 def resolve_settings(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
@@ -128,18 +144,69 @@ def _find_launched(config: Path) -> Run | None:
 def _start(run: Run, resume: bool = False) -> Run:
     """Train a run whose folder exists. Raises Stopped when a signal ended it."""
     from qlora_tune.model import detect_device
-    from qlora_tune.prepare import prepare
 
     with lock_device(detect_device().kind) as lock:
-        lock.write_holder(run)
-        quiet_stack(run.log_file)
-        config = run.read_config()
-        try:
-            return _fit(run, config, prepare(config), resume)
-        except TuneError as error:
-            if run.read_state()["status"] == "preparing":
-                run.update_state(status="failed", reason=str(error))
-            raise
+        return _train_locked(run, lock, resume)
+
+
+def _train_locked(run: Run, lock: DeviceLock, resume: bool, choose: Choose = list) -> Run:
+    from qlora_tune.prepare import prepare
+
+    lock.write_holder(run)
+    quiet_stack(run.log_file)
+    config = run.read_config()
+    try:
+        return _fit(run, config, prepare(config), resume, choose)
+    except TuneError as error:
+        if run.read_state()["status"] == "preparing":
+            run.update_state(status="failed", reason=str(error))
+        raise
+
+
+def _rotate(resolved: ResolvedConfig) -> None:
+    """Train on all tasks, then without each cluster of them, and show what each task gained unseen and seen."""
+    from qlora_tune import rotation
+    from qlora_tune.memory import forget_peak
+    from qlora_tune.model import detect_device, free_memory
+
+    device = detect_device()
+    refuse_busy_device(device.kind)
+    experiment = rotation.open_rotation(resolved.config)
+    count = len(experiment.planned)
+    say(f"experiment {experiment.path}: {count} runs, one on all tasks and one without each of these clusters")
+    for planned in experiment.planned[1:]:
+        say(f"{planned.run.name}: {', '.join(planned.tasks)}")
+    say(f"preset {resolved.config.preset}: {resolved.preset_reason}")
+    with lock_device(device.kind) as lock:
+        for number, planned in enumerate(experiment.planned, 1):
+            what = f"without {', '.join(planned.tasks)}" if planned.tasks else "all tasks"
+            console.rule(f"run {number} of {count}: {what}", align="left")
+            free_memory()
+            forget_peak(device)
+            try:
+                _go_on(planned, lock, experiment.choose_rows if planned.tasks else list)
+            except (Stopped, KeyboardInterrupt):
+                say(f"the experiment goes on with the same command and --run-name {experiment.path.name}")
+                raise
+    table = experiment.write_table()
+    console.rule("task types never seen", align="left")
+    heads, *rows = rotation.table_rows(*experiment.read_gains())
+    terminal.show_table(heads[:FIT_TERMINAL], [row[:FIT_TERMINAL] for row in rows])
+    say(f"table: {table}\nits runs: python -m qlora_tune runs --runs-dir {experiment.path}")
+
+
+def _go_on(planned: Planned, lock: DeviceLock, choose: Choose) -> None:
+    """Bring one run of an experiment to its scores, from wherever it stands."""
+    run = planned.run
+    if planned.is_trained():
+        if planned.is_scored():
+            say(f"finished and scored already: {run.path}")
+            return
+        trained = open_trained(run, None)
+        _score_run(run, run.read_config(), trained.load(), trained.chat, run.read_heldout(), choose(run.read_unseen()))
+        return
+    resume = planned.is_made()
+    _train_locked(run if resume else new_run(planned.config), lock, resume, choose)
 
 
 def _resume(run: Run) -> None:
@@ -147,7 +214,7 @@ def _resume(run: Run) -> None:
     _start(run, resume=True)
 
 
-def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose = list) -> Run:
     from qlora_tune.prepare import data_files
 
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -169,12 +236,12 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
     try:
-        return _fit_and_score(run, config, setup, resume)
+        return _fit_and_score(run, config, setup, resume, choose)
     finally:
         run.update_state(pid=None)
 
 
-def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool) -> Run:
+def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
     from qlora_tune.train import train as fit
 
     with terminal.TrainProgress(resume) as progress:
@@ -192,11 +259,22 @@ def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool) ->
         say(f"held-out loss of the adapter that was kept: {loss:.4f}")
     console.rule("score", align="left")
     try:
-        _score(run, config, result.model, setup.chat, setup.data.heldout_examples)
+        data = setup.data
+        _score_run(run, config, result.model, setup.chat, data.heldout_examples, choose(data.unseen_examples))
     except KeyboardInterrupt:
         say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
         raise
     return run
+
+
+def _score_run(
+    run: Run, config: TrainConfig, model: Any, chat: ChatFormat, heldout: list[Example], unseen: list[Example]
+) -> None:
+    """Score the held-out rows, then those of tasks that were kept out of training."""
+    _score(run, config, model, chat, heldout)
+    if unseen:
+        console.rule("task types it never saw", align="left")
+        _score(run, config, model, chat, unseen, UNSEEN)
 
 
 def _score(
@@ -234,5 +312,5 @@ def _score(
         run.update_state(score_base=total.base[scores.HEADLINE], score_tuned=total.tuned[scores.HEADLINE])
     terminal.show_comparison(comparison)
     say(f"all answers: {answers}")
-    if not name:
+    if name in ("", UNSEEN):
         say(f"report: {write_report(run)}")

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from qlora_tune.errors import ConfigError, join_problems
 
 BUILTIN = "builtin"
+AUTO = "auto"
 UPLOADS = "uploads"  # folder beside the runs; private to this user
 
 
@@ -72,6 +73,12 @@ class TrainConfig(BaseModel):
     encoding: str = setting("auto", "Data", "Encoding of the files; `auto`: UTF-8, UTF-16 by its mark, else cp1252.")
     heldout_share: float = setting(
         0.1, "Data", "Share of the rows held out of training, whole duplicate groups at a time.", ge=0, le=0.5
+    )
+    holdout_tasks: list[str] = setting(
+        [], "Data", "Whole tasks kept out of training and scored as unseen; `auto`: clusters of them, one run each."
+    )
+    holdout_clusters: int = setting(
+        4, "Data", "Clusters of similar tasks that holdout_tasks `auto` holds out in turn.", ge=2, le=100
     )
     max_length: int = setting(
         1024, "Data", "Longest sequence; rows that are longer are left out and counted.", "tokens", ge=16, le=1_000_000
@@ -152,15 +159,23 @@ class TrainConfig(BaseModel):
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
     run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")
 
-    @field_validator("data", "heldout_data", "map", "lora_target_modules", mode="before")
+    @field_validator("data", "heldout_data", "map", "holdout_tasks", "lora_target_modules", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("lora_target_modules", mode="after")
+    @field_validator("holdout_tasks", "lora_target_modules", mode="after")
     @classmethod
-    def _split_commas(cls, value: list[str]) -> list[str]:
-        return [name.strip() for entry in value for name in entry.split(",") if name.strip()] or ["all-linear"]
+    def _split_commas(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        names = [name.strip() for entry in value for name in entry.split(",") if name.strip()]
+        return names or (["all-linear"] if info.field_name == "lora_target_modules" else [])
+
+    @field_validator("holdout_tasks", mode="after")
+    @classmethod
+    def _auto_alone(cls, value: list[str]) -> list[str]:
+        if AUTO in value and value != [AUTO]:
+            raise ValueError("should be `auto` alone, or names of tasks")
+        return value
 
     @field_validator("eval_steps")
     @classmethod

@@ -5,6 +5,7 @@ Station before training: the card beside Start shows it, and train.py runs by it
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -274,6 +275,16 @@ def peak_bytes(device: Device) -> int:
     if status.exists():  # getrusage counts what the parent process held before exec
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     return int(psutil.Process().memory_info().rss)
+
+
+def forget_peak(device: Device) -> None:
+    """Let peak_bytes count anew from what is held now, before another run in the same process."""
+    import torch
+
+    if device.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # where the kernel doesn't offer it, the peak is that of all runs so far
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _weight_bytes(shape: BaseShape, config: TrainConfig, unit: int) -> dict[str, int]:

@@ -26,7 +26,15 @@ from qlora_tune.launch import refuse_busy_device
 from qlora_tune.memory import Fit, MemoryEstimate, choose_fit, free_bytes, unknown_targets
 from qlora_tune.model import Device
 from qlora_tune.pace import estimate_seconds
-from qlora_tune.prepare import Setup, data_files, heldout_files, precision_of, prepare, refuse_other_device
+from qlora_tune.prepare import (
+    Setup,
+    data_files,
+    heldout_files,
+    precision_of,
+    prepare,
+    refuse_other_device,
+    refuse_rotation,
+)
 from qlora_tune.runs import fingerprint_files, list_runs
 
 LOST_SHARE = 0.05  # of the rows: beyond it the card says so aloud
@@ -72,6 +80,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
     warnings: list[str] = []
     memory = None
     try:
+        refuse_rotation(config)
         refuse_other_device(config.preset, device)
         if is_local(config.model_name_or_path):
             setup = _prepare(config.model_dump_json(include=_PREPARED), fingerprint_files(data_files(config)))
@@ -115,7 +124,7 @@ def pick_here() -> tuple[str, str]:
 # What decides the rows and their tokens; the card follows all other settings without reading them again.
 _PREPARED = {
     *("preset", "model_name_or_path", "model_revision", "dtype", "chat_template", "data", "heldout_data"),
-    *("map", "encoding", "heldout_share", "max_length", "long_chats", "seed"),
+    *("map", "encoding", "heldout_share", "holdout_tasks", "max_length", "long_chats", "seed"),
 }
 
 
@@ -168,10 +177,11 @@ def _setup_facts(setup: Setup, resolved: ResolvedConfig) -> list[tuple[str, str]
     )
     lost = summary["rows_in"] - summary["rows_kept"]
     apart = f" (all of {', '.join(Path(file).name for file in heldout_files(config))})" if heldout_files(config) else ""
+    unseen = f", {summary['rows_unseen']:,} of tasks kept out of training" if summary["rows_unseen"] else ""
     return [
         ("data", ", ".join(Path(file).name for file in data_files(config))),
         ("rows", f"{summary['rows_in']:,} read, {lost:,} rejected, {summary['rows_changed']:,} changed"),
-        ("split", f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out{apart}"),
+        ("split", f"{summary['train_sequences']:,} to train on, {summary['rows_heldout']:,} held out{apart}{unseen}"),
         (
             "tokens",
             f"{summary['train_tokens']:,}, of which {summary['learned_tokens']:,} are learned; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qlora_tune import data as rows
 from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
-from qlora_tune.config import BUILTIN, TrainConfig, load_preset, shipped_path
+from qlora_tune.config import AUTO, BUILTIN, TrainConfig, load_preset, shipped_path
 from qlora_tune.contracts import read_contracts
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
@@ -25,6 +25,7 @@ from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.runs import Run, fingerprint_files
 from qlora_tune.shapes import DataProblem, Example
 from qlora_tune.turns import Message
+from qlora_tune.unseen import part_tasks
 
 # Up to this length [tokens] plain attention trains 1.5 times as fast on a CPU as sdpa; beyond it, its memory grows
 # with the square of the length (docs/log.md).
@@ -43,6 +44,7 @@ class PreparedData:
     heldout: list[TokenizedExample]
     heldout_examples: list[Example]
     report: DataReport
+    unseen_examples: list[Example] = field(default_factory=list)  # of tasks that are not trained on
 
     def lengths(self) -> list[int]:
         """Lengths of the training sequences [tokens]."""
@@ -61,6 +63,7 @@ class PreparedData:
             "rows_rejected": self.report.rejected,
             "rows_changed": self.report.changed,
             "rows_heldout": len(self.heldout_examples),
+            "rows_unseen": len(self.unseen_examples),
             "shapes": dict(self.report.shapes),
             "tasks": dict(self.report.tasks),
             "train_sequences": len(self.train),
@@ -91,6 +94,7 @@ class Setup:
 def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
+    refuse_rotation(config)
     refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
     _refuse_longer_than_context(config.max_length, base)
@@ -116,6 +120,15 @@ def refuse_other_device(preset: str, device: Device) -> None:
         )
 
 
+def refuse_rotation(config: TrainConfig) -> None:
+    """Raise ConfigError where one run is asked to hold out clusters of tasks in turn, which takes several."""
+    if config.holdout_tasks == [AUTO]:
+        raise ConfigError(
+            "holdout_tasks auto trains several runs, each without one cluster of tasks, which only this command does: "
+            "python -m qlora_tune train FILE --holdout-tasks auto. For a single run, name the tasks to hold out."
+        )
+
+
 def _refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
     """Raise ConfigError where rows could reach positions that the base was never trained on."""
     context = base.context_length()
@@ -132,28 +145,37 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     _refuse_twice([*training, *held_out])
     labels = rows.label_files([*training, *held_out])
     examples, report = load_files(config, training, labels)
+    candidates: list[Example] = []
     if held_out:
         candidates, more = load_files(config, held_out, labels)
         report.add(more)
-        train_examples = examples
-        heldout_examples, leaks = rows.drop_seen(examples, candidates)
+    parted = part_tasks(examples, candidates, config.holdout_tasks)
+    report.problems += parted.problems
+    if held_out:
+        train_examples = parted.train
+        heldout_examples, leaks = rows.drop_seen(train_examples, parted.heldout)
         report.problems += leaks
-        if not heldout_examples:
+        if leaks and not heldout_examples:
             raise DataError(join_problems("Every held-out row is also trained on.", [str(leak) for leak in leaks]))
     else:
-        train_examples, heldout_examples = rows.split_heldout(examples, config.heldout_share, config.seed)
+        train_examples, heldout_examples = rows.split_heldout(parted.train, config.heldout_share, config.seed)
+    unseen_examples, leaks = rows.drop_seen(train_examples, parted.unseen)
+    report.problems += leaks
     if config.long_chats == "split":
         train_examples, split = split_long_chats(chat, train_examples, config.max_length)
         report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
-    report.problems += train_problems + heldout_problems
+    unseen, unseen_problems = tokenize_examples(chat, unseen_examples, config.max_length)
+    report.problems += train_problems + heldout_problems + unseen_problems
     if not train:
         reasons = [str(problem) for problem in report.problems]
         raise DataError(join_problems("No row is left to train on.", reasons))
-    whole = {sequence.source for sequence in heldout}
-    kept = [example for example in heldout_examples if example.source in whole]
-    return PreparedData(train, heldout, kept, report)
+    whole = {sequence.source for sequence in (*heldout, *unseen)}
+    kept, kept_unseen = (
+        [example for example in found if example.source in whole] for found in (heldout_examples, unseen_examples)
+    )
+    return PreparedData(train, heldout, kept, report, kept_unseen)
 
 
 def count_tokens(chat: ChatFormat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
@@ -224,7 +246,7 @@ def leave_out_seen(
     nobody can tell what it was trained on. Rows that it held out need no look at them.
     """
     config = run.read_config()
-    heldout = {rows.duplicate_key(example) for example in run.read_heldout()}
+    heldout = {rows.duplicate_key(example) for example in (*run.read_heldout(), *run.read_unseen())}
     clean, leaks = list(examples), list[DataProblem]()
     if not {rows.duplicate_key(example) for example in examples} <= heldout:
         training = training_files(config)

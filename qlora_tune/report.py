@@ -27,7 +27,7 @@ from qlora_tune.evaluate import (
     write_from_to,
     write_values,
 )
-from qlora_tune.runs import Run, read_json
+from qlora_tune.runs import UNSEEN, Run, read_json
 from qlora_tune.scores import METRIC, write_value
 from qlora_tune.text_signs import printable
 
@@ -58,7 +58,7 @@ h1 { margin-bottom: 0; } h2 { margin: 2rem 0 .25rem; font-size: 19px; }
 {% else %}<p class="headline">Not scored.</p>{% endif %}
 <div class="figures">{% for name, value in figures %}<div><span class="soft">{{ name }}</span><b>{{ value }}</b></div>
 {% endfor %}</div>
-{% if total %}<h2>Scores by task</h2>
+{% macro by_task(more, tasks) %}
 <div class="wide"><table><tr><th scope="col">task</th><th class="n">rows</th><th class="n">base</th>
 <th class="n">tuned</th><th></th><th class="n">change (95 %)</th>
 {% for metric in more %}<th class="n" title="{{ metric.meaning }}">{{ metric.label }}</th>{% endfor %}</tr>
@@ -68,7 +68,12 @@ h1 { margin-bottom: 0; } h2 { margin: 2rem 0 .25rem; font-size: 19px; }
 <td class="shares"><div class="of-base" style="width: {{ shares[0] }}%"></div>
 <div class="of-tuned" style="width: {{ shares[1] }}%"></div></td>
 {% for cell in cells[2:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table></div>
-<h2>All measures, all rows</h2>
+{% endmacro %}
+{% if total %}<h2>Scores by task</h2>{{ by_task(more, tasks) }}{% endif %}
+{% if unseen %}<h2>Task types it never saw</h2>
+<p class="soft">Their rows were kept out of training whole; base and tuned model answered the same ones.</p>
+{{ by_task(unseen.more, unseen.tasks) }}{% endif %}
+{% if total %}<h2>All measures, all rows</h2>
 <table><tr><th>measure</th><th class="n">base</th><th class="n">tuned</th><th class="n">change (95 %)</th><th></th></tr>
 {% for metric, cells in measures %}<tr><td>{{ metric.label }}</td>
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}<td class="soft">{{ metric.meaning }}</td></tr>
@@ -98,6 +103,7 @@ def render_report(run: Run) -> str:
     """The report of a finished run, scored or not, as a whole page."""
     config, state = run.read_config(), run.read_state()
     comparison = read_comparison(run) if (run.path / "scores.json").exists() else None
+    unseen = read_comparison(run, UNSEEN) if (run.path / f"scores-{UNSEEN}.json").exists() else None
     environment = Environment(
         autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else printable(str(value))
     )
@@ -111,21 +117,20 @@ def render_report(run: Run) -> str:
         figures=_figures(run, state),
         plots=Markup(parts.show_losses([run])),
         recipe=_recipe(run, config, state),
+        unseen=_task_table(unseen) if unseen and unseen.answers else None,
         **(_scores(comparison) if comparison and comparison.answers else {"samples": []}),
     )
 
 
 def _scores(comparison: Comparison) -> dict[str, Any]:
-    total, by_task = comparison.total(), comparison.by_task()
-    more = [METRIC[name] for name in BY_TASK if any(name in score.tuned for score in by_task)]
+    total = comparison.total()
     kinds: tuple[Literal["best", "worst", "random"], ...] = ("best", "worst", "random")
     return {
         "total": total,
         "before": write_value(HEADLINE, total.base[HEADLINE]),
         "after": write_value(HEADLINE, total.tuned[HEADLINE]),
         "change": write_change(total, HEADLINE),
-        "more": more,
-        "tasks": [_task_row(score, [metric.name for metric in more]) for score in [*by_task, total]],
+        **_task_table(comparison),
         "measures": [(METRIC[name], write_values(total, name)) for name in METRIC if name in total.tuned],
         "forgetting": comparison.forgetting.describe().capitalize() if comparison.forgetting else "",
         "contracts": "\n".join(map(str, comparison.contracts.to_tables())),
@@ -133,6 +138,14 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
             (kind.capitalize(), Markup(parts.show_answers(pick_answers(comparison, kind, ANSWERS)))) for kind in kinds
         ],
     }
+
+
+def _task_table(comparison: Comparison) -> dict[str, Any]:
+    """Exact match by task and in all, and the further measures that the tasks have."""
+    total, by_task = comparison.total(), comparison.by_task()
+    more = [METRIC[name] for name in BY_TASK if any(name in score.tuned for score in by_task)]
+    tasks = [_task_row(score, [metric.name for metric in more]) for score in [*by_task, total]]
+    return {"more": more, "tasks": tasks}
 
 
 def _task_row(score: TaskScore, names: Sequence[str]) -> tuple[TaskScore, tuple[float, float], list[str]]:
@@ -163,6 +176,8 @@ def _recipe(run: Run, config: TrainConfig, state: dict[str, Any]) -> list[tuple[
     data = read_json(run.path / "data.json")
     files = ", ".join(Path(file).name for file in config.data) or "the built-in sample"
     rows = f"{data['rows_in']:,} rows read, {data['rows_rejected']:,} rejected, {data['rows_heldout']:,} held out"
+    if unseen := data.get("rows_unseen"):
+        rows += f", {unseen:,} of tasks kept out of training"
     tokens = f"{data['train_tokens']:,} tokens, {data['learned_tokens']:,} learned"
     changed = [
         name

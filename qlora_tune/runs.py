@@ -6,10 +6,11 @@ RUN/metrics.jsonl     one line a training step and one an evaluation
 RUN/log.txt           what the libraries had to say
 RUN/data.json         rows in, kept, rejected, held out; tokens
 RUN/heldout.jsonl     the held-out rows that base and tuned model answer
+RUN/unseen.jsonl      the rows of tasks that were kept out of training, where there are any
     RUN/problems.jsonl    every rejected or changed row as it stood, with file, line and reason
 RUN/checkpoints/      resumable states, each with a manifest of hashes
 RUN/adapter/          the trained adapter
-RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows
+RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows; scores-unseen.json and so on likewise
 RUN/report.html       all of it for people, on one page
 RUN/votes.jsonl       which answers people found best (compare --vote)
 """
@@ -33,6 +34,7 @@ from qlora_tune.shapes import DataProblem, Example
 
 MANIFEST = "manifest.json"
 UNDER_WAY = ("preparing", "running")
+HELDOUT, UNSEEN = "heldout", "unseen"  # rows to score: of tasks that are trained on, and of others
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,21 @@ class Run:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path / "metrics.jsonl")
 
-    def write_heldout(self, examples: Iterable[Example]) -> None:
-        """Keep the held-out rows themselves: scoring again must not depend on the data files of that day."""
-        lines = [_to_json_line(example) for example in examples]
-        (self.path / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
+    def write_heldout(self, examples: Iterable[Example], name: str = HELDOUT) -> None:
+        """Keep the held-out rows themselves: scoring again must not depend on the data files of that day.
 
-    def read_heldout(self) -> list[Example]:
+        Those of tasks that were kept out of training whole have the name UNSEEN.
+        """
+        lines = [_to_json_line(example) for example in examples]
+        (self.path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def read_unseen(self) -> list[Example]:
+        """The rows of tasks that were kept out of training; none where the run held none out."""
+        return self.read_heldout(UNSEEN) if (self.path / f"{UNSEEN}.jsonl").exists() else []
+
+    def read_heldout(self, name: str = HELDOUT) -> list[Example]:
         """The held-out rows that write_heldout kept."""
-        path = self.path / "heldout.jsonl"
+        path = self.path / f"{name}.jsonl"
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,11 @@ def show_problems(report: DataReport) -> None:
 def show_data_summary(summary: dict[str, Any]) -> None:
     """What will be trained on, in one line of figures."""
     share = summary["learned_tokens"] / max(summary["train_tokens"], 1)
+    unseen = f"; {summary['rows_unseen']} rows of tasks kept out of training" if summary["rows_unseen"] else ""
     say(
         f"training on {summary['train_sequences']} sequences, {summary['train_tokens']:,} tokens, of which "
         f"{summary['learned_tokens']:,} (the answers) are learned ({share:.0%}); "
-        f"longest {summary['longest_sequence']} tokens; {summary['rows_heldout']} rows held out"
+        f"longest {summary['longest_sequence']} tokens; {summary['rows_heldout']} rows held out{unseen}"
     )
 
 
@@ -189,6 +190,15 @@ def show_comparison(comparison: Comparison, examples: int = 8) -> None:
     console.print(_all_measures(total))
     if comparison.forgetting:
         say(comparison.forgetting.describe())
+
+
+def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of words and figures; the first column is a name."""
+    name, *figures = heads
+    table = Table(Column(name, no_wrap=True), *(Column(head, justify="right") for head in figures), box=HORIZONTALS)
+    for row in rows:
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    console.print(table)
 
 
 def _all_measures(total: TaskScore) -> Table:

@@ -76,6 +76,8 @@ def train(
         runs.write_json(run.path / "data.json", setup.data.summary())
         run.write_problems(setup.data.report.problems)
         run.write_heldout(setup.data.heldout_examples)
+        if setup.data.unseen_examples:
+            run.write_heldout(setup.data.unseen_examples, runs.UNSEEN)
         model = models.load_base(setup.base, setup.device, setup.precision, quantization)
         model = _attach(model, config)
         status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop, on_note)

@@ -97,6 +97,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", SAMPLE, "--eval-steps", "inf"], "eval_steps = 'inf' (flag)"),
         (["train", SAMPLE, "--preset", "builtin", "--lora-target-modules", "q_proj,typo"], "typo is no linear layer"),
         (["train", SAMPLE, "--preset", "builtin", "--max-length", "257"], "Use --max-length 256 or less"),
+        (["train", SAMPLE, "--preset", "builtin", "--holdout-tasks", "bulets"], 'Did you mean "bullets"?'),
         (["preview", SAMPLE, "--rows", "-2"], "--rows"),
         (["chat", "some.zip"], "No such file or directory"),
     ],

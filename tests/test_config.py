@@ -77,6 +77,21 @@ def test_a_share_of_the_steps_and_whole_steps_are_both_accepted_but_nothing_betw
         resolve_config({"eval_steps": "1.5", "preset": "none"})
 
 
+def test_lists_of_names_split_at_commas_and_keep_their_own_defaults() -> None:
+    config = resolve_config({"preset": "none", "holdout_tasks": ["topic, yes_no", "job,"]}).config
+    assert config.holdout_tasks == ["topic", "yes_no", "job"]
+    assert config.lora_target_modules == ["all-linear"]
+    assert resolve_config({"preset": "none", "lora_target_modules": "q_proj,v_proj"}).config.holdout_tasks == []
+
+
+def test_holding_out_clusters_in_turn_is_asked_alone_and_with_two_clusters_at_least() -> None:
+    assert resolve_config({"preset": "none", "holdout_tasks": "auto"}).config.holdout_tasks == ["auto"]
+    with pytest.raises(ConfigError, match="holdout_tasks = .* should be `auto` alone, or names of tasks"):
+        resolve_config({"preset": "none", "holdout_tasks": "auto,topic"})
+    with pytest.raises(ConfigError, match="holdout_clusters = '1' .*greater than or equal to 2"):
+        resolve_config({"preset": "none", "holdout_clusters": "1"})
+
+
 def test_none_in_a_file_means_absent(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('preset = "none"\nneftune_noise_alpha = "none"\n')

@@ -74,3 +74,32 @@ def test_tokens_are_counted_as_they_are_trained_on(builtin: Any) -> None:
     chat = builtin[2]
     messages = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
     assert count_tokens(chat, messages) == len(chat.tokenize_example(messages)[0].input_ids)  # type: ignore[arg-type]
+
+
+def test_rows_of_held_out_tasks_are_counted_apart_and_all_rows_add_up(builtin: Any, tmp_path: Path) -> None:
+    def rows(*found: tuple[str, str]) -> str:
+        return "".join(json.dumps({"task": t, "prompt": p, "completion": "an answer"}) + "\n" for t, p in found)
+
+    kept = [("a", f"first {n}") for n in range(6)]
+    (tmp_path / "d.jsonl").write_text(rows(*kept, ("b", "second 1"), ("b", "First 2"), ("b", "long " * 100)))
+    (tmp_path / "h.jsonl").write_text(rows(("a", "other 1"), ("b", "other 2"), ("b", "other 3")))
+    files = {"data": str(tmp_path / "d.jsonl"), "heldout_data": str(tmp_path / "h.jsonl"), "max_length": "64"}
+    data = prepare_data(settings(**files, holdout_tasks="b"), builtin[2])
+    assert [sequence.source for sequence in data.train] == [f"d.jsonl:{n}" for n in range(1, 7)]
+    assert [example.source for example in data.heldout_examples] == ["h.jsonl:1"]
+    assert [example.source for example in data.unseen_examples] == ["d.jsonl:7", "h.jsonl:2", "h.jsonl:3"]
+    copied, long = data.report.problems
+    assert (copied.line, copied.reason) == (8, "held out, but the same prompt is trained on at d.jsonl:3")
+    assert long.line == 9
+    summary = data.summary()
+    assert (summary["rows_in"], summary["rows_kept"], summary["rows_unseen"]) == (12, 10, 3)
+    assert summary["rows_kept"] == len(data.train) + summary["rows_heldout"] + summary["rows_unseen"]
+
+
+def test_a_held_out_file_of_held_out_tasks_alone_leaves_no_held_out_rows(builtin: Any, tmp_path: Path) -> None:
+    for name, task in (("d", "a"), ("h", "b")):
+        row = {"task": task, "prompt": f"of {task}", "completion": "x"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    files = {"data": str(tmp_path / "d.jsonl"), "heldout_data": str(tmp_path / "h.jsonl")}
+    data = prepare_data(settings(**files, holdout_tasks="b"), builtin[2])
+    assert (len(data.train), data.heldout_examples, len(data.unseen_examples)) == (1, [], 1)

@@ -13,7 +13,7 @@ from screenshots import CHROMIUM, CHROMIUM_FLAGS
 
 from qlora_tune.evaluate import Answered, Comparison, read_comparison, write_comparison
 from qlora_tune.report import render_report, write_report
-from qlora_tune.runs import Run
+from qlora_tune.runs import UNSEEN, Run
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>&lt;b&gt;\x00\u202e"
 
@@ -92,6 +92,25 @@ def test_no_place_of_this_machine_stands_in_it(run: Run) -> None:
     html = render_report(run)
     for private in (str(Path.home()), str(Path.cwd()), str(run.path), str(run.path.parent), run.read_config().runs_dir):
         assert private not in html
+
+
+def test_tasks_that_were_kept_out_of_training_have_a_table_of_their_own(run: Run) -> None:
+    assert "Task types it never saw" not in render_report(run)
+    rows = [
+        Answered(f"x.jsonl:{n}", task, ({"role": "user", "content": "?"},), "yes", "no", tuned)
+        for n, (task, tuned) in enumerate([("new one", "yes"), ("new one", "no"), ("new two", "yes")])
+    ]
+    write_comparison(run, Comparison(rows), UNSEEN)
+    html = render_report(run)
+    parse(html)
+    table = html.split("<h2>Task types it never saw</h2>")[1].split("</table>")[0]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr")[2:]]
+    assert [(row[0], row[1], row[3]) for row in cells] == [
+        ("new one", "2", "50.0 %"), ("new two", "1", "100.0 %"), ("all", "3", "66.7 %"),
+    ]  # fmt: skip
+    assert "new one" not in html.split("<h2>Scores by task</h2>")[1].split("</table>")[0]
+    (run.path / "scores.json").unlink()
+    assert "Task types it never saw" in render_report(run)
 
 
 def test_a_run_that_was_not_scored_has_a_report_that_says_so(run: Run) -> None:
