@@ -20,7 +20,7 @@ from qlora_tune.generate import stop_ids
 from qlora_tune.leaks import Private, find_private, refuse_private
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.parity import Parity, compared_rows, measure_parity, refuse_other_format, refuse_other_weights
-from qlora_tune.recipe import RecipeBase, make_recipe, write_recipe
+from qlora_tune.recipe import RECIPE, RecipeBase, make_recipe, write_recipe
 from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Example
 
@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+PACKED_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, "adapter_config.json", "generation_config.json", "README.md", RECIPE)
 # Mean KL divergence of next tokens, merged model against the adapter on the same base [nats]. Measured on this stack:
 # 7e-6 to 5e-4 when merged right and rounded to bf16, 5e-2 when merged wrong, 0.2 for a whole tuning.
 KL_LIMIT = 2e-3

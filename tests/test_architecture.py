@@ -65,6 +65,7 @@ ORDER = [
     "leaks",
     "card",
     "export",
+    "hub_models",
     "chat",
     "terminal",
     "terminal_report",
@@ -75,6 +76,8 @@ ORDER = [
     "page_guard",
     "cli_data",
     "cli_train",
+    "reproduce",
+    "cli_share",
     "cli",
     "__main__",
 ]
