@@ -120,7 +120,7 @@ def _find_in(text: str, places: Iterable[str], names: Iterable[str], paths: bool
 
 def _find_copied(texts: Iterable[str], pieces: dict[str, str]) -> str | None:
     """The first of the pieces that stands in one of the texts. Looks up one short piece in every _STEP characters."""
-    short = {piece[at : at + _STEP] for piece in pieces for at in (0, COPIED - _STEP)}
+    short = {piece[at : at + _STEP] for piece in pieces for at in range(COPIED - _STEP + 1)}
     for text in map(_even, texts):
         for at in range(0, len(text) - _STEP + 1, _STEP):
             if text[at : at + _STEP] in short:

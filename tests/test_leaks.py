@@ -86,6 +86,7 @@ def test_a_key_of_every_service_is_refused(kind: str, leaving: Path, base: Path)
         "annabel_rows",
         CANARY,
         f"he said {CANARY[5:52]}",
+        CANARY[7:47],
         CANARY.upper().replace(" ", "\n  "),
     ],
 )
