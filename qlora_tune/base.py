@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 from qlora_tune.config import BUILTIN, shipped_path
 from qlora_tune.errors import ModelError
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+# The README names the licence, which an adapter's card takes over.
+WEIGHT_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import UPLOADS
 from qlora_tune.errors import ConfigError, ModelError
-from qlora_tune.export import ADAPTER_FILES, TOKENIZER_FILES, open_adapter
+from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, open_adapter
 from qlora_tune.generate import fit_context, stream_reply
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.runs import Run, list_runs
@@ -144,11 +144,10 @@ def unpack_adapter(packed: Path, folder: Path) -> Path:
     Only the files that an export writes are taken, by name and without their folders, so that nothing lands
     elsewhere. Raises ModelError where the file is no such zip, or is larger than MAX_ADAPTER_BYTES unpacked.
     """
-    wanted = {*ADAPTER_FILES, *TOKENIZER_FILES, "adapter_config.json", "generation_config.json", "README.md"}
     try:
         with zipfile.ZipFile(packed) as archive:
             members = {Path(entry.filename).name: entry for entry in archive.infolist() if not entry.is_dir()}
-            chosen = {name: entry for name, entry in members.items() if name in wanted}
+            chosen = {name: entry for name, entry in members.items() if name in PACKED_FILES}
             if not chosen.keys() >= {*ADAPTER_FILES, "adapter_config.json"}:
                 raise ModelError(
                     f"{packed.name}: no adapter made by qlora-tune. Expected the zip that `export` writes, with "

@@ -16,6 +16,7 @@ from rich.markup import escape
 from qlora_tune import __version__, terminal
 from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
+from qlora_tune.cli_share import push, reproduce
 from qlora_tune.cli_train import (
     ConfigFile,
     RunsDir,
@@ -43,7 +44,7 @@ after, export."""
 
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
-for command in (train, evaluate, compare, check, mix, select, pairs):
+for command in (train, evaluate, compare, reproduce, check, mix, select, pairs):
     app.command(command)
 
 
@@ -138,19 +139,25 @@ def chat(
     top_p: Annotated[float, Parameter(help="Sample from the likeliest tokens of this share.")] = 1.0,
     max_new_tokens: Annotated[int, Parameter(help="Longest answer [tokens].")] = 256,
 ) -> None:
-    """Chat with the model of a run, an adapter's folder or its zip, tuned or base; the newest run without a name."""
+    """Chat with the model of a run, an adapter's folder or its zip, tuned or base; the newest run without a name.
+
+    OWNER/NAME, where nothing of that name lies here, is an adapter on the model hub.
+    """
     from qlora_tune.chat import check_sampling, load_chat, unpack_adapter
+    from qlora_tune.hub_models import fetch_adapter, is_repository
 
     sampling = check_sampling(temperature, top_p, max_new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         if run is not None and run.suffix == ".zip":
             adapter = unpack_adapter(run, Path(scratch))
+        elif run is not None and is_repository(run):
+            adapter = fetch_adapter(run.as_posix(), Path(scratch))
         elif run is not None and (run / "adapter_config.json").is_file():
             adapter = run
         else:
             adapter = find_run(run, runs_dir).adapter
         model = load_chat(adapter, model_name_or_path)
-    say(f"adapter {run if run is not None and run.suffix == '.zip' else adapter}")
+    say(f"adapter {run if adapter.is_relative_to(scratch) else adapter}")
     terminal.chat_loop(
         lambda messages, tuned: model.reply("tuned" if tuned else "base", messages, **sampling),
         lambda messages: model.fit(messages, max_new_tokens),
@@ -171,12 +178,22 @@ def export(
     ] = "quantized",
     dtype: Annotated[Literal["bfloat16", "float32"], Parameter(help="Number format of the merged model.")] = "bfloat16",
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
+    push_to_hub: Annotated[
+        str | None, Parameter(help="Upload it to OWNER/NAME on the model hub, with HF_TOKEN of the environment.")
+    ] = None,
+    private: Annotated[bool, Parameter(negative="--public", help="Whom the repository is shown to.")] = True,
+    dry_run: Annotated[bool, Parameter(help="With --push-to-hub: show what would leave, upload nothing.")] = False,
 ) -> None:
     """Export a run's adapter as a zip, as GGUF, or the merged model; each is loaded again and compared."""
     from qlora_tune.export import export_adapter, export_gguf, merge_adapter
+    from qlora_tune.hub_models import check_repository, require_token
+    from qlora_tune.leaks import has_its_data
 
     if merged and gguf:
         raise ConfigError("--merged writes a whole model, --gguf the adapter alone. Choose one of them.")
+    if dry_run and not push_to_hub:
+        raise ConfigError("--dry-run shows what --push-to-hub OWNER/NAME would upload. Name that too.")
+    token = require_token() if push_to_hub and check_repository(push_to_hub) and not dry_run else None
     found = find_run(run, runs_dir)
     trained = open_trained(found, model_name_or_path)
     if merged:
@@ -192,6 +209,10 @@ def export(
         parity = export_adapter(trained, found, target)
         done = f"adapter: {target} ({target.stat().st_size / 1e6:.1f} MB)"
     say(f"{done}\nloaded again and compared with the trained model: {parity.describe()}")
+    if not has_its_data(found):
+        say("its data files are gone or have changed: it was searched for texts of the held-out rows alone")
+    if push_to_hub:
+        push(target, push_to_hub, private, token)
 
 
 def main(arguments: list[str] | None = None) -> int:

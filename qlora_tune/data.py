@@ -39,6 +39,7 @@ class DataReport:
     """What became of every row: rows_in == kept + rejected."""
 
     rows_in: int = 0
+    rows_by_file: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     tasks: Counter[str] = field(default_factory=Counter)
     notes: dict[str, list[str]] = field(default_factory=dict)  # by file: what was found out about it
@@ -61,6 +62,7 @@ class DataReport:
     def add(self, other: DataReport) -> None:
         """Take another report's rows in."""
         self.rows_in += other.rows_in
+        self.rows_by_file += other.rows_by_file
         self.rejections += other.rejections
         self.shapes += other.shapes
         self.tasks += other.tasks
@@ -155,7 +157,9 @@ def convert_rows(
     `keep` says whether the report holds rows as they stood, which takes the memory of all that can't be used.
     """
     for row in read_rows(path, (columns or {}).values(), encoding, report.notes.setdefault(str(path), [])):
-        report.rows_in += not (isinstance(row, DataProblem) and row.action == "skipped")
+        counts = not (isinstance(row, DataProblem) and row.action == "skipped")
+        report.rows_in += counts
+        report.rows_by_file[str(path)] += counts
         if isinstance(row, DataProblem):
             report.problems.append(row)
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 import zipfile
@@ -12,25 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_tune import __version__
 from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
+from qlora_tune.card import Form, public_text, write_model_card
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.config import BUILTIN
 from qlora_tune.errors import ExportError
-from qlora_tune.evaluate import measure_table, read_comparison, score_table
 from qlora_tune.generate import stop_ids, stop_words
 from qlora_tune.gguf_adapter import (
     read_gguf_adapter,
-    read_header_text,
     read_peft_pairs,
     refuse_other_products,
     write_gguf_adapter,
     write_peft_pairs,
 )
+from qlora_tune.leaks import Private, find_private, refuse_private
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.modelfile import find_pieces, refuse_other_modelfile, write_modelfile
 from qlora_tune.parity import Parity, compared_rows, measure_parity, refuse_other_format, refuse_other_weights
+from qlora_tune.recipe import RECIPE, RecipeBase, make_recipe, write_recipe
 from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Example
 
@@ -46,13 +44,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"}
+PACKED_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, "adapter_config.json", "generation_config.json", "README.md", RECIPE)
 # Mean KL divergence of next tokens, merged model against the adapter on the same base [nats]. Measured on this stack:
 # 7e-6 to 5e-4 when merged right and rounded to bf16, 5e-2 when merged wrong, 0.2 for a whole tuning.
 KL_LIMIT = 2e-3
 SAME_KL = 1e-6  # at most, of an adapter that is the same: on one base nothing differs
-_LOCAL_PATH = re.compile(r"(?<![\w.:/-])(?:/(?:home|root|Users|tmp|var|work|mnt|opt|content)/|[A-Za-z]:\\\\?)\S+")
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\bsk-[A-Za-z0-9_-]{20,}\b")
 
 
 @dataclass(frozen=True)
@@ -104,28 +100,29 @@ def open_adapter(adapter: Path, base: str | None = None) -> Trained:
 
 
 def export_adapter(trained: Trained, run: Run, target: Path) -> Parity:
-    """Write the adapter as a zip: weights, tokenizer, chat template, generation config, model card.
+    """Write the adapter as a zip: weights, tokenizer, chat template, generation config, recipe, model card.
 
     Unpacked again and loaded on the base, it must make the same tokens of held-out prompts, end at the same ones, and
     give the very answers and distributions that the run's own adapter gives. Raises ExportError when it doesn't, or
-    when a file holds a local path or a secret. Returns how the two agree, which also stands in the card.
+    when a file holds something private (leaks). Returns how the two agree, which also stands in the card.
     """
     if target.suffix.lower() != ".zip" or target.is_dir():
         raise ExportError(f"{target}: expected the name of a .zip file to write.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    private = find_private(run, trained.base.path)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / target.stem
         folder.mkdir()
         _write_adapter_files(trained, run, folder)
-        _refuse_private(folder, trained)
+        _refuse_private(folder, trained, run, private)
         packed = Path(scratch) / target.name
         _write_zip(folder, packed)
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(packed) as archive:
             archive.extractall(unpacked)
         parity = _compare_adapters(trained, unpacked / target.stem, compared_rows(run))
-        (folder / "README.md").write_text(write_model_card(trained, run, parity), encoding="utf-8")
-        _refuse_private(folder, trained)
+        _write_papers(trained, run, folder, parity, "adapter")
+        _refuse_private(folder, trained, run, private)
         _write_zip(folder, packed)
         packed.replace(target)
     return parity
@@ -150,7 +147,7 @@ def merge_adapter(
 
     if target.exists():
         raise ExportError(f"{target} is there already. Delete it, or choose another place (--output).")
-    rows = compared_rows(run)
+    rows, private = compared_rows(run), find_private(run, trained.base.path)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
     merged = _merge(source, dtype)
@@ -165,7 +162,7 @@ def merge_adapter(
         _write_generation_config(trained, scratch)
         _copy(trained.adapter, scratch, TOKENIZER_FILES)
         _clean_config(scratch / "config.json")
-        _refuse_private(scratch, trained)
+        _refuse_private(scratch, trained, run, private, into)
         refuse_other_format(trained.chat, scratch, rows)
         del merged
         parity = _compare_merged(source, scratch, rows)
@@ -177,8 +174,8 @@ def merge_adapter(
             )
         if source is not trained:
             parity = _compare_merged(trained, scratch, rows, same_base=False)
-        (scratch / "README.md").write_text(write_model_card(trained, run, parity, into), encoding="utf-8")
-        _refuse_private(scratch, trained)
+        _write_papers(trained, run, scratch, parity, into)
+        _refuse_private(scratch, trained, run, private, into)
         scratch.chmod(0o755)
         for path in scratch.iterdir():
             path.chmod(0o644)
@@ -204,52 +201,10 @@ def export_gguf(trained: Trained, run: Run, target: Path) -> Parity:
         folder.mkdir()
         _write_gguf_files(trained, run, folder)
         parity = _compare_gguf(trained, run, folder)
-        (folder / "README.md").write_text(write_model_card(trained, run, parity), encoding="utf-8")
-        _refuse_private(folder, trained)
+        _write_papers(trained, run, folder, parity, "gguf")
+        _refuse_private(folder, trained, run, find_private(run, trained.base.path), "gguf")
         folder.rename(target)
     return parity
-
-
-def write_model_card(trained: Trained, run: Run, parity: Parity | None = None, merged_into: str | None = None) -> str:
-    """The model card: what was tuned on what, how it scored, how to load it, where its limits are."""
-    config = run.read_config()
-    state, summary = run.read_state(), read_json(run.path / "data.json")
-    name = trained.base.label
-    front = ["---", *_front_matter(trained.base, merged_into), "---", ""]
-    method = "QLoRA" if trained.quantization.load_in_4bit else "LoRA"
-    kind = "merged model" if merged_into else "LoRA adapter"
-    body = [
-        f"# {run.name}",
-        "",
-        f"A {kind}: `{name}` instruction-tuned with {method} by qlora-tune {__version__}.",
-        "",
-        "## Trained on",
-        "",
-        f"- {summary['train_sequences']} sequences, {summary['train_tokens']:,} tokens, of which "
-        f"{summary['learned_tokens']:,} (the answers) are learned; {summary['rows_heldout']} rows held out",
-        f"- {state['steps']} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
-        f"learning rate {config.learning_rate:g}, LoRA r {config.lora_r}, alpha {config.lora_alpha:g}, "
-        f"seed {config.seed}",
-        f"- base held in {_quantization_words(trained)}, computed in {trained.precision}",
-        "",
-        "## Scores",
-        "",
-        *_score_lines(run, state),
-        "",
-        *_parity_lines(parity),
-        "## Use",
-        "",
-        *_use_lines(trained, merged_into),
-        "",
-        "## Limits",
-        "",
-        "- The scores are exact matches on rows held out of one data set; they say little about other requests.",
-        "- What the base model gets wrong, and what its training text was biased to, it still does.",
-        "- Nothing was done to make answers safe. Check them before anyone depends on them.",
-        "- The licences of the base model and of the training data apply to this model.",
-        "",
-    ]
-    return "\n".join(front + body)
 
 
 def _merge(trained: Trained, dtype: str) -> Any:
@@ -280,7 +235,7 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
     record["base_model"] = trained.base.label
     (folder / models.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_generation_config(trained, folder)
-    (folder / "README.md").write_text(write_model_card(trained, run), encoding="utf-8")
+    _write_papers(trained, run, folder, None, "adapter")
 
 
 def _write_gguf_files(trained: Trained, run: Run, folder: Path) -> None:
@@ -313,22 +268,19 @@ def _clean_config(path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _refuse_private(folder: Path, trained: Trained) -> None:
-    """Raise ExportError when a text file that is about to leave holds a local path or a token."""
-    places = (Path.home(), Path.cwd(), trained.adapter.parent, trained.base.path)
-    private = {str(place.resolve()) for place in places if len(place.resolve().parts) > 2}
-    for path in sorted(folder.rglob("*")):
-        # A vocabulary holds pieces of paths that are nobody's.
-        if path.suffix == ".safetensors" or path.name in VOCABULARY_FILES or not path.is_file():
-            continue
-        is_gguf = path.suffix == ".gguf"
-        text = read_header_text(path) if is_gguf else path.read_text(encoding="utf-8", errors="replace")
-        found = next((entry for entry in private if entry in text), None)
-        if not found:
-            match = _LOCAL_PATH.search(text) or _SECRET.search(text)
-            found = match.group() if match else None
-        if found:
-            raise ExportError(f"{path.name} holds {found[:60]!r}, which must not leave this machine.")
+def _write_papers(trained: Trained, run: Run, folder: Path, parity: Parity | None, form: Form) -> None:
+    """The model card, and the recipe where the run has one."""
+    base = trained.base
+    card = write_model_card(run, base, stop_ids(trained.chat), parity, form)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    recipe = make_recipe(run, RecipeBase(name=base.label, revision=base.revision, fingerprint=base.fingerprint))
+    if recipe:
+        write_recipe(recipe, folder)
+
+
+def _refuse_private(folder: Path, trained: Trained, run: Run, private: Private, form: Form = "adapter") -> None:
+    public = public_text(run, trained.base, stop_ids(trained.chat), form)
+    refuse_private(folder, private, trained.base.path, [public, str(trained.tokenizer.chat_template)])
 
 
 def _write_zip(folder: Path, target: Path) -> None:
@@ -375,64 +327,3 @@ def _compare_merged(trained: Trained, folder: Path, rows: list[Example], same_ba
     if same_base:
         refuse_other_weights(tuned, merged)
     return measure_parity(lambda: tuned, lambda: merged, trained.chat, rows)
-
-
-def _front_matter(base: BaseModel, merged_into: str | None) -> list[str]:
-    lines = [f"base_model: {json.dumps(base.label)}"] if base.name != BUILTIN else []
-    library = "transformers" if merged_into else "peft"
-    return [*lines, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [qlora, lora, sft, qlora-tune]"]
-
-
-def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
-    loss = state.get("eval_loss")
-    lines = [f"Held-out loss {loss:.4f} nats per answer token.", ""] if loss is not None else []
-    if not (run.path / "scores.json").exists():
-        return [*lines, "Not scored."]
-    comparison = read_comparison(run)
-    return [
-        *lines,
-        "Greedy answers of base and tuned model to the same held-out rows. Changes are tuned minus base, with the",
-        "interval in which they lie with 95 % confidence. First exact match:",
-        "",
-        score_table([*comparison.by_task(), comparison.total()]),
-        "",
-        measure_table(comparison.total()),
-    ]
-
-
-def _parity_lines(parity: Parity | None) -> list[str]:
-    if parity is None:
-        return []
-    return ["## Parity", "", f"Loaded again and compared with the trained model: {parity.describe()}.", ""]
-
-
-def _use_lines(trained: Trained, merged_into: str | None) -> list[str]:
-    name = "." if merged_into else trained.base.label
-    if trained.base.name == BUILTIN and not merged_into:
-        return [
-            "The base is the one built into qlora-tune. Install that, unpack this zip, and run "
-            "`python -m qlora_tune chat FOLDER` on the unpacked folder."
-        ]
-    adapter = [] if merged_into else ["from peft import PeftModel"]
-    attach = [] if merged_into else ['model = PeftModel.from_pretrained(model, ".")']
-    return [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        *adapter,
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
-        *attach,
-        'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True,',
-        '                                       enable_thinking=False, return_tensors="pt", return_dict=True)',
-        f"answer = model.generate(**prompt, max_new_tokens=200, eos_token_id={stop_ids(trained.chat)})",
-        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
-        "```",
-    ]
-
-
-def _quantization_words(trained: Trained) -> str:
-    quantization = trained.quantization
-    if not quantization.load_in_4bit:
-        return trained.precision
-    return f"4-bit {quantization.quant_type}" + (" with double quantization" if quantization.double_quant else "")

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from qlora_tune import __version__
 from qlora_tune import page_parts as parts
-from qlora_tune.config import BUILTIN, TrainConfig, describe_value
+from qlora_tune.config import BUILTIN
 from qlora_tune.evaluate import (
     BY_TASK,
     HEADLINE,
@@ -27,13 +27,12 @@ from qlora_tune.evaluate import (
     write_from_to,
     write_values,
 )
-from qlora_tune.runs import UNSEEN, Run, read_json
+from qlora_tune.recipe import describe_recipe
+from qlora_tune.runs import UNSEEN, Run
 from qlora_tune.scores import METRIC, write_value
 from qlora_tune.text_signs import printable
 
 ANSWERS = 4  # of each kind
-# Settings that a reader asks for first; all others stand there where they differ from the default.
-ASKED_FIRST = ("lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "max_length", "seed", "load_in_4bit")
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ run.name }}: report</title>
@@ -116,7 +115,7 @@ def render_report(run: Run) -> str:
         day=datetime.fromtimestamp(state["created"], UTC).date().isoformat(),
         figures=_figures(run, state),
         plots=Markup(parts.show_losses([run])),
-        recipe=_recipe(run, config, state),
+        recipe=describe_recipe(run),
         unseen=_task_table(unseen) if unseen and unseen.answers else None,
         **(_scores(comparison) if comparison and comparison.answers else {"samples": []}),
     )
@@ -169,33 +168,3 @@ def _figures(run: Run, state: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", str(state.get("device", ""))),
     ]
     return [(name, value) for name, value in found if value]
-
-
-def _recipe(run: Run, config: TrainConfig, state: dict[str, Any]) -> list[tuple[str, str]]:
-    """Data by name and size, then the settings that matter: names of files, not where they lie."""
-    data = read_json(run.path / "data.json")
-    files = ", ".join(Path(file).name for file in config.data) or "the built-in sample"
-    rows = f"{data['rows_in']:,} rows read, {data['rows_rejected']:,} rejected, {data['rows_heldout']:,} held out"
-    if unseen := data.get("rows_unseen"):
-        rows += f", {unseen:,} of tasks kept out of training"
-    tokens = f"{data['train_tokens']:,} tokens, {data['learned_tokens']:,} learned"
-    changed = [
-        name
-        for name, field in TrainConfig.model_fields.items()
-        if getattr(config, name) != field.default and name not in (*ASKED_FIRST, *_PRIVATE)
-    ]
-    settings = [(name, describe_value(getattr(config, name))) for name in (*ASKED_FIRST, *changed)]
-    prints = [(f"{what} fingerprint", state[f"{what}_fingerprint"][:16]) for what in ("data", "base")]
-    trained = f"{data['train_sequences']:,} sequences, {tokens}"
-    return [("data", files), ("rows", rows), ("trained on", trained), *settings, *prints]
-
-
-_PRIVATE = (
-    "data",
-    "heldout_data",
-    "runs_dir",
-    "run_name",
-    "model_name_or_path",
-    "contracts",
-    "plain_text",
-)  # may hold local paths

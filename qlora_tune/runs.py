@@ -1,10 +1,10 @@
 """A run's folder: settings, state, metrics, log, checkpoints. The folder is the truth; every face reads it.
 
 RUN/config.toml       every setting, as it was resolved
-RUN/state.json        status, process, device, base, data fingerprint, totals
+RUN/state.json        status, process, device, base, data fingerprint, versions, totals
 RUN/metrics.jsonl     one line a training step and one an evaluation
 RUN/log.txt           what the libraries had to say
-RUN/data.json         rows in, kept, rejected, held out; tokens
+RUN/data.json         rows in, kept, rejected, held out; tokens; the data files by name, rows and hash
 RUN/heldout.jsonl     the held-out rows that base and tuned model answer
 RUN/unseen.jsonl      the rows of tasks that were kept out of training, where there are any
     RUN/problems.jsonl    every rejected or changed row as it stood, with file, line and reason
@@ -156,6 +156,12 @@ class Run:
         lines = [_to_json_line(problem) for problem in problems]
         (self.path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
 
+    def read_problems(self) -> list[dict[str, Any]]:
+        """The rejected and changed rows that write_problems kept; none where it kept none."""
+        path = self.path / "problems.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
 
 def new_run(config: TrainConfig) -> Run:
     """Make a run's folder and keep its settings there. Raises RunError when the name is taken."""
@@ -259,9 +265,14 @@ def fingerprint_files(paths: Sequence[str | Path]) -> str:
     """Hash the content of data files, in order: a resumed run must see what it saw before."""
     digest = hashlib.sha256()
     for path in paths:
-        with Path(path).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_settings(config: TrainConfig) -> str:
@@ -310,8 +321,7 @@ def _is_whole(folder: Path) -> bool:
 def _matches(path: Path, entry: dict[str, Any]) -> bool:
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
-    with path.open("rb") as file:
-        return bool(hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"])
+    return bool(hash_file(path) == entry["sha256"])
 
 
 def _is_alive(state: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from qlora_tune.fast import FastModel, fast_path, split_batch
 from qlora_tune.memory import Fit, MemoryEstimate, choose_fit, free_bytes, peak_bytes, possible_fits
 from qlora_tune.model import Device, Quantization
 from qlora_tune.prepare import SHORT_ROWS, Setup, data_files, quantization_of
+from qlora_tune.recipe import describe_files, read_versions
 from qlora_tune.runs import Run
 from qlora_tune.trainer import build_trainer, uncast_inputs
 
@@ -70,10 +71,12 @@ def train(
         precision=setup.precision,
         base_model=setup.base.name,
         **fingerprints,
+        versions=_versions_with(run.read_state().get("versions", []) if resume else []),
         total_steps=setup.total_steps(config),
     )
     try:
-        runs.write_json(run.path / "data.json", setup.data.summary())
+        files = {"files": describe_files(config, setup.data.report)}
+        runs.write_json(run.path / "data.json", setup.data.summary() | files)
         run.write_problems(setup.data.report.problems)
         run.write_heldout(setup.data.heldout_examples)
         if setup.data.unseen_examples:
@@ -93,6 +96,12 @@ def train(
         raise
     run.update_state(status=status)
     return TrainResult(model, setup, status)
+
+
+def _versions_with(earlier: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The versions that a run was trained with: those it began with, then each that it was resumed with."""
+    now = read_versions()
+    return earlier if earlier and earlier[-1] == now else [*earlier, now]
 
 
 def _out_of_memory(config: TrainConfig, device: Device) -> str:

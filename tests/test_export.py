@@ -54,6 +54,7 @@ def test_the_zip_holds_exactly_what_may_leave(zipped: Path) -> None:
         "chat_template.jinja",
         "generation_config.json",
         "qlora_tune.json",
+        "recipe.toml",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -50,7 +50,8 @@ def make_adapter(folder: Path, **changes: Any) -> Path:
 
 def test_the_folder_holds_what_llama_cpp_and_ollama_need(exported: Path, run: Any, trained: Any) -> None:  # noqa: F811
     name = f"{run.name}.gguf"
-    assert {path.name for path in exported.iterdir()} == {name, "Modelfile", "chat_template.jinja", "README.md"}
+    papers = {"Modelfile", "chat_template.jinja", "README.md", "recipe.toml"}
+    assert {path.name for path in exported.iterdir()} == {name, *papers}
     modelfile = (exported / "Modelfile").read_text()
     assert f"ADAPTER ./{name}\n" in modelfile
     assert f'PARAMETER stop "{trained.chat.end_of_turn}"\n' in modelfile
