@@ -71,7 +71,7 @@ def test_the_front_matter_is_what_the_hub_reads(run: Run, tmp_path: Path) -> Non
     assert found["license_name"] == "open: really"
     assert found["base_model"] == "owner/base-1b"
     assert (found["library_name"], found["pipeline_tag"]) == ("peft", "text-generation")
-    local = ModelCard(write_model_card(run, find_base("builtin"), STOPS, merged_into="quantized")).data.to_dict()
+    local = ModelCard(write_model_card(run, find_base("builtin"), STOPS, form="quantized")).data.to_dict()
     assert local["license"] == "apache-2.0"
     assert local["library_name"] == "transformers"
     assert "base_model" not in local, "the hub takes its own ids only"
@@ -96,7 +96,7 @@ def test_each_use_is_named_with_what_it_needs(run: Run) -> None:
     assert "--lora-modules tuned=FOLDER --chat-template FOLDER/chat_template.jinja" in adapter
     assert "[2, 5]" in adapter
     assert "export RUN --gguf" in adapter
-    merged = write_model_card(run, HUB, STOPS, merged_into="original")
+    merged = write_model_card(run, HUB, STOPS, form="original")
     assert "vllm serve FOLDER" in merged
     assert "--enable-lora" not in merged
     assert "the original 16-bit base, which is close to what was trained, not equal" in merged
