@@ -32,10 +32,10 @@ import gradio as gr  # reads both when it is imported
 
 from qlora_tune import chat, launch, page_guard
 from qlora_tune import page_parts as parts
+from qlora_tune.comparison import pick_answers, read_comparison
 from qlora_tune.config import TrainConfig, describe_setting, list_presets, resolve_config, shipped_path
 from qlora_tune.data import find_data, parse_columns
 from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
-from qlora_tune.evaluate import pick_answers, read_comparison
 from qlora_tune.export import export_adapter, merge_adapter, open_adapter
 from qlora_tune.flags import as_field, flags_of_fields, is_list
 from qlora_tune.plan import pick_here, plan_run

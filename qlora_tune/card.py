@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from qlora_tune import __version__
 from qlora_tune.base import BaseModel
+from qlora_tune.comparison import measure_table, read_comparison, score_table
 from qlora_tune.config import BUILTIN, TrainConfig
-from qlora_tune.evaluate import measure_table, read_comparison, score_table
 from qlora_tune.parity import Parity
 from qlora_tune.recipe import RECIPE, describe_recipe
 from qlora_tune.runs import Run, read_json

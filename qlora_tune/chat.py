@@ -16,8 +16,9 @@ from qlora_tune.config import UPLOADS
 from qlora_tune.errors import ConfigError, ModelError
 from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, open_adapter
 from qlora_tune.generate import fit_context, stream_reply
+from qlora_tune.hub_models import fetch_adapter, is_repository
 from qlora_tune.launch import refuse_busy_device
-from qlora_tune.runs import Run, list_runs
+from qlora_tune.runs import Run, list_runs, open_run
 from qlora_tune.shapes import Example
 from qlora_tune.text_signs import printable
 from qlora_tune.turns import Message
@@ -136,6 +137,24 @@ def list_adapters(runs_dir: str | Path) -> dict[str, Path]:
     tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.has_adapter}
     opened = sorted((Path(runs_dir) / UPLOADS).glob("*/adapter_config.json"))
     return tuned | {f"{path.parent.name} (opened)": path.parent for path in opened}
+
+
+def find_adapter(name: Path, runs_dir: str | Path, scratch: Path) -> tuple[Path, Run | None]:
+    """The folder of an adapter, and its run where it comes with one.
+
+    A name is a run's, an adapter's folder, an exported zip or OWNER/NAME on the hub; the last two are unpacked under
+    `scratch`. Raises RunError or ModelError for what is none of these.
+    """
+    if name.suffix == ".zip":
+        return unpack_adapter(name, scratch), None
+    if is_repository(name):
+        return fetch_adapter(name.as_posix(), scratch), None
+    if (name / "adapter_config.json").is_file():
+        own = Run(name.resolve().parent)
+        return name, own if name.resolve() == own.adapter and (own.path / "state.json").is_file() else None
+    run = open_run(name, runs_dir)
+    run.require_adapter()
+    return run.adapter, run
 
 
 def unpack_adapter(packed: Path, folder: Path) -> Path:

@@ -16,12 +16,12 @@ from rich.markup import escape
 from qlora_tune import __version__, terminal
 from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
+from qlora_tune.cli_evaluate import evaluate
 from qlora_tune.cli_share import push, reproduce
 from qlora_tune.cli_train import (
     ConfigFile,
     RunsDir,
     Stopped,
-    evaluate,
     find_run,
     open_trained,
     resolve_settings,
@@ -33,7 +33,7 @@ from qlora_tune.errors import ConfigError, DataError, TuneError, join_problems
 from qlora_tune.flags import AnySettings, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
-from qlora_tune.runs import list_runs
+from qlora_tune.runs import latest_run, list_runs
 from qlora_tune.terminal import console, say
 from qlora_tune.text_signs import printable
 
@@ -143,19 +143,11 @@ def chat(
 
     OWNER/NAME, where nothing of that name lies here, is an adapter on the model hub.
     """
-    from qlora_tune.chat import check_sampling, load_chat, unpack_adapter
-    from qlora_tune.hub_models import fetch_adapter, is_repository
+    from qlora_tune.chat import check_sampling, find_adapter, load_chat
 
     sampling = check_sampling(temperature, top_p, max_new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        if run is not None and run.suffix == ".zip":
-            adapter = unpack_adapter(run, Path(scratch))
-        elif run is not None and is_repository(run):
-            adapter = fetch_adapter(run.as_posix(), Path(scratch))
-        elif run is not None and (run / "adapter_config.json").is_file():
-            adapter = run
-        else:
-            adapter = find_run(run, runs_dir).adapter
+        adapter = find_adapter(run, runs_dir, Path(scratch))[0] if run else latest_run(runs_dir).adapter
         model = load_chat(adapter, model_name_or_path)
     say(f"adapter {run if adapter.is_relative_to(scratch) else adapter}")
     terminal.chat_loop(

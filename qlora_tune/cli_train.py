@@ -22,6 +22,7 @@ from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
     from qlora_tune.chat_format import ChatFormat
+    from qlora_tune.comparison import Comparison
     from qlora_tune.export import Trained
     from qlora_tune.prepare import Setup
     from qlora_tune.rotation import Planned
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     Choose = Callable[[list[Example]], list[Example]]  # which unseen rows to score
 
 ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings.", show_default=False)]
-OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
-CONTRACTS_HELP = "TOML file of what the answers of each task must hold, instead of the run's own."
 FIT_TERMINAL = 7  # columns of the experiment's table; its file has them all
 RunsDir = Annotated[str, Parameter(help="Folder that holds all runs.")]
 
@@ -68,34 +67,6 @@ def train(
             return
         run = train_settings(resolved)
     say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
-
-
-def evaluate(
-    run: Path | None = None,
-    *,
-    data: Annotated[tuple[str, ...], Parameter(help=OTHER_HELP, negative=(), show_default=False)] = (),
-    contracts: Annotated[Path | None, Parameter(help=CONTRACTS_HELP, show_default=False)] = None,
-    runs_dir: RunsDir = "runs",
-) -> None:
-    """Score a finished run again: base and tuned model answer the held-out rows, or those of other files."""
-    from qlora_tune.prepare import other_examples
-
-    found = find_run(run, runs_dir)
-    config = found.read_config()
-    if contracts:
-        read_contracts(contracts)
-        config = config.model_copy(update={"contracts": str(contracts)})
-    trained = open_trained(found, None)
-    if not data:
-        _score_run(found, config, trained.load(), trained.chat, found.read_heldout(), found.read_unseen())
-        return
-    examples, report = other_examples(found, data, trained.chat)
-    if report.problems:
-        say(f"{report.rejected} of {report.rows_in} rows not scored:")
-        terminal.show_problems(report)
-    name = "-".join(Path(file).stem for file in data)
-    # A file called unseen.jsonl must not take the place of the run's own unseen tasks.
-    _score(found, config, trained.load(), trained.chat, examples, "other-unseen" if name == UNSEEN else name)
 
 
 def resolve_settings(files: tuple[str, ...], config: Path | None, settings: Any) -> ResolvedConfig:
@@ -203,7 +174,7 @@ def _go_on(planned: Planned, lock: DeviceLock, choose: Choose) -> None:
             say(f"finished and scored already: {run.path}")
             return
         trained = open_trained(run, None)
-        _score_run(run, run.read_config(), trained.load(), trained.chat, run.read_heldout(), choose(run.read_unseen()))
+        score_run(run, run.read_config(), trained.load(), trained.chat, run.read_heldout(), choose(run.read_unseen()))
         return
     resume = planned.is_made()
     _train_locked(run if resume else new_run(planned.config), lock, resume, choose)
@@ -236,12 +207,12 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
     try:
-        return _fit_and_score(run, config, setup, resume, choose)
+        return _fit_andscore(run, config, setup, resume, choose)
     finally:
         run.update_state(pid=None)
 
 
-def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
+def _fit_andscore(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
     from qlora_tune.train import train as fit
 
     with terminal.TrainProgress(resume) as progress:
@@ -260,41 +231,64 @@ def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, ch
     console.rule("score", align="left")
     try:
         data = setup.data
-        _score_run(run, config, result.model, setup.chat, data.heldout_examples, choose(data.unseen_examples))
+        score_run(run, config, result.model, setup.chat, data.heldout_examples, choose(data.unseen_examples))
     except KeyboardInterrupt:
         say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
         raise
     return run
 
 
-def _score_run(
+def score_run(
     run: Run, config: TrainConfig, model: Any, chat: ChatFormat, heldout: list[Example], unseen: list[Example]
 ) -> None:
     """Score the held-out rows, then those of tasks that were kept out of training."""
-    _score(run, config, model, chat, heldout)
+    score(run, config, model, chat, heldout)
     if unseen:
         console.rule("task types it never saw", align="left")
-        _score(run, config, model, chat, unseen, UNSEEN)
+        score(run, config, model, chat, unseen, UNSEEN)
 
 
-def _score(
-    run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = ""
-) -> None:
-    from qlora_tune import evaluate as scores
-    from qlora_tune.prepare import find_plain_text
+def score(run: Run, config: TrainConfig, model: Any, chat: ChatFormat, examples: list[Example], name: str = "") -> None:
+    """Score rows and keep the scores in the run; under a name where they are not its held-out rows."""
+    from qlora_tune.comparison import HEADLINE, write_comparison
     from qlora_tune.report import write_report
 
     if not examples or not config.score_rows:
         why = "--score-rows is 0" if examples else "no rows are held out (--heldout-data FILE)"
         say(f"not scored: {why}")
         return
+    comparison = score_rows(config, model, chat, examples, plain_text=not name, run=run)
+    answers = write_comparison(run, comparison, name)
+    if not name:
+        total = comparison.total()
+        run.update_state(score_base=total.base[HEADLINE], score_tuned=total.tuned[HEADLINE])
+    terminal.show_comparison(comparison)
+    say(f"all answers: {answers}")
+    if name in ("", UNSEEN):
+        say(f"report: {write_report(run)}")
+
+
+def score_rows(
+    config: TrainConfig,
+    model: Any,
+    chat: ChatFormat,
+    examples: list[Example],
+    *,
+    plain_text: bool,
+    run: Run | None = None,
+) -> Comparison:
+    """Let a model answer rows, with progress; plain text is read too where asked. A run is told how far it is."""
+    from qlora_tune.evaluate import compare
+    from qlora_tune.prepare import find_plain_text
+
     with terminal.scoring_progress() as progress:
 
         def on_progress(who: str, done: int, total: int) -> None:
             progress(who, done, total)
-            run.update_state(scoring=[who, done, total])
+            if run:
+                run.update_state(scoring=[who, done, total])
 
-        comparison = scores.compare(
+        return compare(
             model,
             chat,
             examples,
@@ -303,14 +297,6 @@ def _score(
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
             contracts=read_contracts(Path(config.contracts)) if config.contracts else NO_CONTRACTS,
-            plain_text=None if name else find_plain_text(config),
+            plain_text=find_plain_text(config) if plain_text else None,
             on_progress=on_progress,
         )
-    answers = scores.write_comparison(run, comparison, name)
-    if not name:
-        total = comparison.total()
-        run.update_state(score_base=total.base[scores.HEADLINE], score_tuned=total.tuned[scores.HEADLINE])
-    terminal.show_comparison(comparison)
-    say(f"all answers: {answers}")
-    if name in ("", UNSEEN):
-        say(f"report: {write_report(run)}")

@@ -23,9 +23,9 @@ from markupsafe import Markup, escape
 from qlora_tune.check import CheckReport
 from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
+from qlora_tune.comparison import HEADLINE, Answered, Comparison, TaskScore, write_change
 from qlora_tune.config import TrainConfig, describe_value
 from qlora_tune.errors import ConfigError, TuneError
-from qlora_tune.evaluate import HEADLINE, Answered, Comparison, TaskScore, write_change
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
 from qlora_tune.runs import Run

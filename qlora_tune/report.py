@@ -15,8 +15,7 @@ from markupsafe import Markup
 
 from qlora_tune import __version__
 from qlora_tune import page_parts as parts
-from qlora_tune.config import BUILTIN
-from qlora_tune.evaluate import (
+from qlora_tune.comparison import (
     BY_TASK,
     HEADLINE,
     Comparison,
@@ -27,6 +26,7 @@ from qlora_tune.evaluate import (
     write_from_to,
     write_values,
 )
+from qlora_tune.config import BUILTIN
 from qlora_tune.recipe import describe_recipe
 from qlora_tune.runs import UNSEEN, Run
 from qlora_tune.scores import METRIC, write_value

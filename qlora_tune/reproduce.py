@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_tune.base import find_base
-from qlora_tune.chat import unpack_adapter
+from qlora_tune.chat import find_adapter
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import ExportError, ModelError, join_problems
 from qlora_tune.model import read_adapter_record
 from qlora_tune.prepare import heldout_files, training_files
 from qlora_tune.recipe import RECIPE, Recipe, RecipeBase, make_recipe, read_recipe
-from qlora_tune.runs import Run, hash_file, open_run
+from qlora_tune.runs import Run, hash_file
 
 SAME_LOSS = 1e-3  # [nats] held-out losses that are no further apart count as the same
 
@@ -57,16 +57,12 @@ def open_origin(name: Path, runs_dir: str, scratch: Path) -> Origin:
 
     Raises ExportError for one that has no recipe, RunError and ModelError for what is no adapter.
     """
-    if name.suffix == ".zip":
-        name = unpack_adapter(name, scratch)
-    if (name / "adapter_config.json").is_file() and not (name.parent / "state.json").is_file():
-        read_adapter_record(name)
-        if not (name / RECIPE).is_file():
+    adapter, run = find_adapter(name, runs_dir, scratch)
+    record = read_adapter_record(adapter)
+    if run is None:
+        if not (adapter / RECIPE).is_file():
             raise ExportError(f"{name}: holds no {RECIPE}. Ask for an export of this version, or give the run itself.")
-        return Origin(name, read_recipe(name / RECIPE))
-    run = Run(name.parent) if (name.parent / "state.json").is_file() else open_run(name, runs_dir)
-    run.require_adapter()
-    record = read_adapter_record(run.adapter)
+        return Origin(adapter, read_recipe(adapter / RECIPE))
     base = RecipeBase(
         name=record["base_model"], revision=record["base_revision"], fingerprint=record["base_fingerprint"]
     )

@@ -20,10 +20,7 @@ from typing import Any
 
 from qlora_tune.base import find_base
 from qlora_tune.clusters import cluster_tasks
-from qlora_tune.config import TrainConfig
-from qlora_tune.data import label_files
-from qlora_tune.errors import ConfigError, RunError
-from qlora_tune.evaluate import (
+from qlora_tune.comparison import (
     HEADLINE,
     Answered,
     Comparison,
@@ -34,6 +31,9 @@ from qlora_tune.evaluate import (
     write_from_to,
     write_values,
 )
+from qlora_tune.config import TrainConfig
+from qlora_tune.data import label_files
+from qlora_tune.errors import ConfigError, RunError
 from qlora_tune.prepare import data_files, load_files, training_files
 from qlora_tune.runs import UNSEEN, Run, fingerprint_files, fingerprint_settings, read_json, write_json
 from qlora_tune.scores import write_value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_tune import model as models
 from qlora_tune.answer_files import LETTERS, Answers, Question, read_answers
-from qlora_tune.chat import unpack_adapter
+from qlora_tune.chat import find_adapter
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.data import DataReport, find_data, label_files
@@ -20,7 +20,7 @@ from qlora_tune.export import Trained, open_adapter
 from qlora_tune.generate import ANSWER_SHARE, answer_prompts
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.prepare import leave_out_seen, load_others
-from qlora_tune.runs import Run, open_run
+from qlora_tune.runs import Run
 from qlora_tune.shapes import Example
 from qlora_tune.votes import NONE, TIE
 
@@ -183,19 +183,10 @@ def _open(name: str, runs_dir: str, model_name_or_path: str | None, scratch: Pat
     if file.endswith(".jsonl"):
         recorded = read_answers(Path(file), who)
         return str(Path(file).resolve()), Answerer(mark + who, _hash(Path(file)) + mark + who, recorded=recorded)
-    run, place = None, Path(name).resolve()
-    if name.endswith(".zip"):
-        adapter = unpack_adapter(Path(name), scratch)
-    elif (place / "adapter_config.json").is_file():
-        adapter = place
-        if place == Run(place.parent).adapter and (place.parent / "state.json").is_file():
-            run, place = Run(place.parent), place.parent
-    else:
-        run = open_run(name, runs_dir)
-        run.require_adapter()
-        adapter, place = run.adapter, run.path.resolve()
+    adapter, run = find_adapter(Path(name), runs_dir, scratch)
+    place = str(run.path.resolve()) if run else name
     trained = open_adapter(adapter, model_name_or_path)
-    return str(place), Answerer("", _hash(adapter / "adapter_model.safetensors"), trained, run)
+    return place, Answerer("", _hash(adapter / "adapter_model.safetensors"), trained, run)
 
 
 def _hash(path: Path) -> str:

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from qlora_tune.comparison import HEADLINE, Comparison, TaskScore, write_values
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_setting, describe_value
 from qlora_tune.data import DataReport
 from qlora_tune.errors import MAX_LISTED, ModelError
-from qlora_tune.evaluate import HEADLINE, Comparison, TaskScore, write_values
 from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
 from qlora_tune.scores import METRICS, is_exact_match
@@ -232,7 +232,7 @@ def _side_by_side(comparison: Comparison, count: int) -> Table:
         right = is_exact_match(answer.tuned, answer.reference)
         turns = [f"{turn['role']}: {turn['content']}" for turn in answer.prompt]
         prompt = "\n".join(turns) if len(turns) > 1 else answer.prompt[0]["content"]
-        cells = [prompt, answer.reference, answer.base, answer.tuned]
+        cells = [prompt, answer.reference, answer.base or "", answer.tuned]
         table.add_row(*(Text(_clip(cell)) for cell in cells), "[green]✓[/]" if right else "[red]✗[/]")
     return table
 

@@ -50,6 +50,7 @@ def settings(**changes: Any) -> Any:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One short run on sample.jsonl, trained and scored: (run, config, result)."""
     from qlora_tune import evaluate
+    from qlora_tune.comparison import write_comparison
     from qlora_tune.prepare import find_plain_text, prepare
     from qlora_tune.runs import new_run
     from qlora_tune.train import train
@@ -69,5 +70,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
         seed=config.seed,
         plain_text=find_plain_text(config),
     )
-    evaluate.write_comparison(run, comparison)
+    write_comparison(run, comparison)
     return run, config, result

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import settings
 
+from qlora_tune.comparison import score_table
 from qlora_tune.contracts import read_contracts
-from qlora_tune.evaluate import compare, score_table
+from qlora_tune.evaluate import compare
 from qlora_tune.prepare import prepare
 from qlora_tune.runs import new_run
 from qlora_tune.train import train

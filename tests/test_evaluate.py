@@ -12,18 +12,18 @@ from unittest.mock import patch
 
 import pytest
 
-from qlora_tune.contracts import make_contracts
-from qlora_tune.errors import RunError
-from qlora_tune.evaluate import (
+from qlora_tune.comparison import (
     Answered,
     Comparison,
-    compare,
     pick_answers,
     read_comparison,
     score_table,
     to_markdown,
     write_comparison,
 )
+from qlora_tune.contracts import make_contracts
+from qlora_tune.errors import RunError
+from qlora_tune.evaluate import compare
 from qlora_tune.runs import Run
 from qlora_tune.scores import is_exact_match
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import settings
 
+from qlora_tune.comparison import Comparison, read_comparison, to_markdown
 from qlora_tune.errors import ConfigError
-from qlora_tune.evaluate import Comparison, read_comparison, to_markdown
 from qlora_tune.export import open_adapter
 from qlora_tune.forgetting import WINDOW, measure_forgetting
 from qlora_tune.prepare import find_plain_text

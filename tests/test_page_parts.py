@@ -17,7 +17,7 @@ from conftest import settings
 
 from qlora_tune import page_parts as parts
 from qlora_tune.check import check_files
-from qlora_tune.evaluate import Answered, Comparison
+from qlora_tune.comparison import Answered, Comparison
 from qlora_tune.memory import MemoryEstimate
 from qlora_tune.model import Device
 from qlora_tune.plan import Plan

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from screenshots import CHROMIUM, CHROMIUM_FLAGS
 
-from qlora_tune.evaluate import Answered, Comparison, read_comparison, write_comparison
+from qlora_tune.comparison import Answered, Comparison, read_comparison, write_comparison
 from qlora_tune.report import render_report, write_report
 from qlora_tune.runs import UNSEEN, Run
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, settings
 
 from qlora_tune.cli import main
+from qlora_tune.comparison import read_comparison
 from qlora_tune.errors import ConfigError, DataError, RunError
-from qlora_tune.evaluate import read_comparison
 from qlora_tune.plan import plan_run
 from qlora_tune.rotation import Rotation, open_rotation
 from qlora_tune.runs import UNSEEN, Run, list_runs, new_run, read_json

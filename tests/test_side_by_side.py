@@ -21,6 +21,7 @@ from qlora_tune.errors import ConfigError, DataError, ModelError
 from qlora_tune.export import open_adapter
 from qlora_tune.generate import generate_answers
 from qlora_tune.runs import Run, fingerprint_files
+from qlora_tune.scores import is_exact_match
 from qlora_tune.side_by_side import Panel, answer_questions, find_questions, open_panel
 from qlora_tune.votes import read_votes
 
@@ -80,7 +81,7 @@ def test_rows_base_and_reference_are_those_of_evaluate(runs: Path, answers: Any)
     expected = [(row.source, row.prompt, row.reference, row.base, row.tuned) for row in comparison.answers]
     found = [(row.question.source, row.question.prompt, row.question.reference) for row in answers]
     assert [(*row, a.answers["base"], a.answers["zebu"]) for row, a in zip(found, answers, strict=True)] == expected
-    right = sum(evaluate.is_exact_match(row.tuned, row.reference) for row in comparison.answers)
+    right = sum(is_exact_match(row.tuned, row.reference) for row in comparison.answers)
     assert count_exact(answers, "zebu") == (right, 12)
     assert right > 0
 
