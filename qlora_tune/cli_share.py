@@ -57,7 +57,7 @@ def reproduce(
         found = compare_runs(origin, run)
     table = Table("", Column("before", justify="right"), Column("again", justify="right"), box=None)
     for name, values in (("held-out loss [nats]", found.losses), ("exact match", found.exact_matches)):
-        table.add_row(name, *("not known" if value is None else f"{value:.6f}" for value in values))
+        table.add_row(escape(name), *("not known" if value is None else f"{value:.6f}" for value in values))
     console.rule("before and again", align="left")
     console.print(table)
     if found.identical:

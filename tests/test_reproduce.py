@@ -59,7 +59,9 @@ def test_the_export_of_a_run_is_trained_again_to_the_last_bit(
     made: tuple[Run, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(again(made, made[1], tmp_path, "--run-name", "second")) == 0
-    assert "tensors are identical, to the last bit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held-out loss [nats]" in said
+    assert "tensors are identical, to the last bit" in said
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (made[0].path, tmp_path / "second")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
