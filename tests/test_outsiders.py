@@ -52,9 +52,9 @@ def test_a_zip_scores_as_the_run_that_it_came_from(
     shutil.copytree(run.path, copy)
     assert main(["evaluate", str(copy), "--data", str(rows)]) == 0
     expected = read_comparison(Run(copy), "some")
-    assert [(a.base, a.tuned, a.tuned_nll) for a in found.answers] == [
-        (a.base, a.tuned, a.tuned_nll) for a in expected.answers
-    ]
+    assert [(a.base, a.tuned) for a in found.answers] == [(a.base, a.tuned) for a in expected.answers]
+    for one, other in zip(found.answers, expected.answers, strict=True):  # answered in batches of another size
+        assert one.tuned_nll == pytest.approx(other.tuned_nll, rel=2e-2, abs=1e-2)
     assert len(found.answers) == 20
     assert found.forgetting is not None
 
