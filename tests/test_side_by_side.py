@@ -236,9 +236,12 @@ def test_votes_are_kept_as_they_are_given_and_a_second_call_goes_on(
     assert "3 of 5 rows are voted on already" in out
     assert out.count("· sample_heldout.jsonl:") == 2
     assert "2 decided, 1 ties, 1 with no good answer" in out
-    assert [each.winner for each in read_votes(learned[0] / "zebu" / "votes.jsonl")][3:] == ["zebu"]
-    out = vote(capsys, monkeypatch, "", "zebu", "gnu", "--runs-dir", folder)
-    assert "voted on already" not in out
+    (added,) = read_votes(learned[0] / "zebu" / "votes.jsonl")[3:]
+    assert (added.winner, added.key, added.blind) == ("zebu", rows[1].question.key, False)
+    out = vote(capsys, monkeypatch, "q\na\n", "zebu", "gnu", "--runs-dir", folder)
+    assert "voted on already" not in out  # on these two, that is
+    assert out.count("· sample_heldout.jsonl:") == 1
+    assert len(read_votes(learned[0] / "zebu" / "votes.jsonl")) == 4
 
 
 def test_answers_kept_in_a_file_are_compared_without_a_model(

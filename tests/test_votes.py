@@ -46,6 +46,8 @@ def test_a_vote_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert read_votes(tmp_path / "votes.jsonl") == votes
     assert read_votes(tmp_path / "nowhere.jsonl") == []
     assert votes[1].key == key_prompt(turns, (tool,)) != votes[0].key
+    learned: Any = {"role": "assistant", "content": "not learned"}
+    assert key_prompt([context]) == key_prompt([learned])  # whether it is learned is no part of what is asked
 
 
 def test_wherever_the_last_line_is_torn_the_votes_before_it_count_and_voting_goes_on(tmp_path: Path) -> None:
@@ -110,8 +112,8 @@ def test_a_line_that_is_no_vote_is_named_unless_it_is_the_torn_last_one(
 def test_votes_are_counted_by_who_answered_whatever_they_were_called() -> None:
     renamed = {"older": PRINTS["a"], "base": PRINTS["base"]}
     before = cast("older", answers={"older": "yes", "base": "no"}, fingerprints=renamed)
-    others = cast("a", fingerprints=PRINTS | {"a": "3" * 64})
-    tally = count_votes([cast("a"), before, cast("base"), cast(TIE), cast(NONE), cast(NONE), others], PRINTS)
+    others = [cast(winner, fingerprints=PRINTS | {"a": "3" * 64}) for winner in ("a", "base", TIE, NONE)]
+    tally = count_votes([cast("a"), before, cast("base"), cast(TIE), cast(NONE), cast(NONE), *others], PRINTS)
     assert (tally.wins, tally.ties, tally.none, tally.decided) == ({"a": 2, "base": 1}, 1, 2, 3)
     assert tally.share("a") == wilson_interval(2, 3)
 
