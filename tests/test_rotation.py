@@ -119,6 +119,17 @@ def test_base_and_seen_stay_empty_for_a_task_without_held_out_rows(experiment: P
     assert total.unseen.rows == 18
 
 
+def test_rows_that_only_one_run_has_answered_are_no_part_of_the_table(experiment: Path) -> None:
+    path = experiment / "cluster-2" / "scores-unseen.json"  # as `evaluate` on that run leaves it: other rows drawn
+    scores = read_json(path)
+    other = {**scores["answers"][0], "source": "rows.jsonl:999"}
+    path.write_text(json.dumps({**scores, "answers": [*scores["answers"][1:], other]}))
+    gains, total = read_rotation(experiment).read_gains()
+    assert total is not None
+    assert total.unseen.rows == 23
+    assert all(gain.seen and gain.seen.rows == gain.unseen.rows for gain in gains)
+
+
 def read_rotation(experiment: Path, **changes: Any) -> Rotation:
     usual = {"data": [str(experiment.parent.parent / "rows.jsonl")], "holdout_tasks": "auto", "holdout_clusters": "2"}
     usual |= {"heldout_share": "0.3", "max_steps": str(STEPS), "max_new_tokens": "8", "eval_steps": "0.5"}
