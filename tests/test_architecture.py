@@ -35,6 +35,7 @@ ORDER = [
     "documents",
     "scores",
     "votes",
+    "preferences",
     "answer_files",
     "contracts",
     "clusters",
