@@ -87,7 +87,7 @@ def evaluate(
         config = config.model_copy(update={"contracts": str(contracts)})
     trained = open_trained(found, None)
     if not data:
-        _score_run(found, config, trained.load(), trained.chat, found.read_heldout(), found.read_unseen())
+        score_run(found, config, trained.load(), trained.chat, found.read_heldout(), found.read_unseen())
         return
     examples, report = other_examples(found, data, trained.chat)
     if report.problems:
@@ -203,7 +203,7 @@ def _go_on(planned: Planned, lock: DeviceLock, choose: Choose) -> None:
             say(f"finished and scored already: {run.path}")
             return
         trained = open_trained(run, None)
-        _score_run(run, run.read_config(), trained.load(), trained.chat, run.read_heldout(), choose(run.read_unseen()))
+        score_run(run, run.read_config(), trained.load(), trained.chat, run.read_heldout(), choose(run.read_unseen()))
         return
     resume = planned.is_made()
     _train_locked(run if resume else new_run(planned.config), lock, resume, choose)
@@ -211,6 +211,8 @@ def _go_on(planned: Planned, lock: DeviceLock, choose: Choose) -> None:
 
 def _resume(run: Run) -> None:
     run.require_unfinished()
+    if run.read_config().preference_data:
+        raise ConfigError(f"{run.path}: was trained on preferences. Go on with: {run.resume_command()}")
     _start(run, resume=True)
 
 
@@ -249,7 +251,7 @@ def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, ch
             config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping, on_note=say
         )
     if result.status == "stopped":
-        say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
+        say(f"stopped and saved. Go on with: {run.resume_command()}")
         raise Stopped
     state = run.read_state()
     estimated = sum(state["estimated_parts"].values())
@@ -260,14 +262,14 @@ def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, ch
     console.rule("score", align="left")
     try:
         data = setup.data
-        _score_run(run, config, result.model, setup.chat, data.heldout_examples, choose(data.unseen_examples))
+        score_run(run, config, result.model, setup.chat, data.heldout_examples, choose(data.unseen_examples))
     except KeyboardInterrupt:
         say(f"trained and saved, not scored. Score it with: python -m qlora_tune evaluate {run.path}")
         raise
     return run
 
 
-def _score_run(
+def score_run(
     run: Run, config: TrainConfig, model: Any, chat: ChatFormat, heldout: list[Example], unseen: list[Example]
 ) -> None:
     """Score the held-out rows, then those of tasks that were kept out of training."""

@@ -5,28 +5,44 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from qlora_tune.config import TrainConfig, describe_setting, describe_value
+from qlora_tune.config import PREFERENCES, TrainConfig, describe_setting, describe_value
+
+
+def group_of(name: str) -> str:
+    """The group that a setting is shown in."""
+    extra: Any = TrainConfig.model_fields[name].json_schema_extra
+    return str(extra["group"])
+
+
+TRAIN_FLAGS = [name for name in TrainConfig.model_fields if group_of(name) != PREFERENCES]
+# What `prefer` takes; base, adapter and form of the prompt are those that the adapter was trained with.
+PREFER_FLAGS = [
+    name
+    for name in TrainConfig.model_fields
+    if (group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES) or name in ("heldout_share", "max_length"))
+    and name not in ("fast", "neftune_noise_alpha", "preference_data")
+]
 
 
 def is_list(name: str) -> bool:
     return "list" in str(TrainConfig.model_fields[name].annotation)
 
 
-def _settings_type() -> type:
+def _settings_type(names: Collection[str]) -> type:
     """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
     fields: list[Any] = []
-    for name, field in TrainConfig.model_fields.items():
-        extra: Any = field.json_schema_extra
+    for name in names:
+        field = TrainConfig.model_fields[name]
         flag = name.replace("_", "-")
         is_switch = field.annotation is bool
         parameter = Parameter(
             name=f"--{flag}",
-            group=Group(extra["group"]),
+            group=Group(group_of(name)),
             help=f"{describe_setting(name)} (default: {describe_value(field.default)})",
             show_default=False,
             negative=(f"--no-{flag}",) if is_switch else (),
@@ -37,8 +53,9 @@ def _settings_type() -> type:
     return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
 
 
-Settings = _settings_type()
+Settings, PreferSettings = _settings_type(TRAIN_FLAGS), _settings_type(PREFER_FLAGS)
 AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
+AnyPreferSettings = Annotated[PreferSettings | None, Parameter(name="*")]  # type: ignore[valid-type]
 
 
 def given_flags(settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Preference pairs: read from votes and from the usual preference files, split by prompt, written again.
+"""Preference pairs: read from votes and from the usual preference files, split by prompt, as tokens, written again.
 
 Station between data files and preference training. Every row becomes one or more pairs, or a DataProblem that names
 file, line and reason.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from qlora_tune.chat_format import ChatFormat
 from qlora_tune.containers import read_rows
 from qlora_tune.data import DataReport, find_data, label_files, split_heldout
-from qlora_tune.errors import DataError, join_problems
+from qlora_tune.errors import DataError, TemplateError, join_problems
 from qlora_tune.row_files import to_turn, write_rows
 from qlora_tune.shapes import NO_TASK, DataProblem, Example, Row, reject_example, to_examples
 from qlora_tune.turns import Message, RowError, check_turns, type_name
@@ -25,6 +26,7 @@ PAIR_FORM = (
 )
 # The better answer's column, then the worse one's: TRL and LLaMA-Factory, StackExchange paired, OpenAI.
 _SIDES = (("chosen", "rejected"), ("response_j", "response_k"), ("preferred_output", "non_preferred_output"))
+KEPT = ("pairs.jsonl", "pairs-heldout.jsonl")  # in a run's folder
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWERS = {"instruction": "output", "prompt": "completion", "question": "answer"}  # a prompt's column, its answer's
 _NO_WINNER = {TIE: "is a tie: no answer is better", NONE: "says that no answer is good: none is better"}
@@ -55,6 +57,19 @@ class PreferencePair:
             "source": self.source,
         }
         return {**row, "tools": list(self.tools)} if self.tools else row
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as token ids: the prompt, and each answer through its end of turn."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def __len__(self) -> int:
+        """Tokens of the longer of both conversations."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 def read_pairs(paths: Sequence[str | Path]) -> tuple[list[PreferencePair], DataReport]:
@@ -98,14 +113,48 @@ def split_pairs(
     return [p for p in pairs if p.source not in sources], [p for p in pairs if p.source in sources]
 
 
+def tokenize_pairs(
+    chat: ChatFormat, pairs: Sequence[PreferencePair], max_length: int
+) -> tuple[list[tuple[PreferencePair, TokenizedPair]], list[DataProblem]]:
+    """Encode pairs with the tokens of instruction tuning; one beyond max_length [tokens] is left out whole."""
+    found: list[tuple[PreferencePair, TokenizedPair]] = []
+    problems: list[DataProblem] = []
+    for pair in pairs:
+        try:
+            answers = [
+                chat.encode_answer([*pair.prompt, _answer(text)], pair.tools) for text in (pair.chosen, pair.rejected)
+            ]
+            tokens = TokenizedPair(chat.encode_prompt(pair.prompt, pair.tools), *answers)
+            if len(tokens) > max_length:
+                raise TemplateError(f"is {len(tokens)} tokens long, max_length is {max_length}")
+            found.append((pair, tokens))
+        except TemplateError as error:
+            problems.append(_leave_out(pair, str(error)))
+    return found, problems
+
+
 def write_pairs(path: Path, pairs: Iterable[PreferencePair]) -> None:
     """Write pairs as JSON Lines, one a line, that read_pairs and other trainers read. Raises DataError."""
     write_rows({path: (pair.to_row() for pair in pairs)})
 
 
-def reject_pair(pair: PreferencePair, reason: str) -> DataProblem:
-    """Report a pair that a later station had to leave out."""
-    return replace(reject_example(pair.to_example(), reason), original=pair.to_row())
+def keep_pairs(folder: Path, train: Sequence[PreferencePair], heldout: Sequence[PreferencePair]) -> None:
+    """Keep the pairs of a run in its folder: what was trained on must not depend on the files of that day."""
+    for name, pairs in zip(KEPT, (train, heldout), strict=True):
+        write_pairs(folder / name, pairs)
+
+
+def read_kept_pairs(folder: Path) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """The pairs that a run was trained on and those it held out; none where it is no preference training."""
+    found = [folder / name for name in KEPT]
+    train, heldout = (read_pairs([path])[0] if path.exists() and path.stat().st_size else [] for path in found)
+    return train, heldout
+
+
+def _leave_out(pair: PreferencePair, reason: str) -> DataProblem:
+    """Report a pair that is left out; its row may have others."""
+    action: Literal["rejected", "changed"] = "changed" if "#" in pair.source else "rejected"
+    return replace(reject_example(pair.to_example(), reason, action), original=pair.to_row())
 
 
 def _to_pairs(row: Row, label: str) -> tuple[list[PreferencePair], str, list[str]]:
