@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from qlora_tune.config import PREFERENCES, TrainConfig, describe_setting, describe_value
+from qlora_tune.preferences import RATE_SHARE, STAGE
 
 
 def group_of(name: str) -> str:
@@ -24,7 +25,10 @@ TRAIN_FLAGS = [name for name in TrainConfig.model_fields if group_of(name) != PR
 PREFER_FLAGS = [
     name
     for name in TrainConfig.model_fields
-    if (group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES) or name in ("heldout_share", "max_length"))
+    if (
+        group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES)
+        or name in ("heldout_share", "max_length", "model_name_or_path")
+    )
     and name not in ("fast", "neftune_noise_alpha", "preference_data")
 ]
 
@@ -33,7 +37,7 @@ def is_list(name: str) -> bool:
     return "list" in str(TrainConfig.model_fields[name].annotation)
 
 
-def _settings_type(names: Collection[str]) -> type:
+def _settings_type(names: Collection[str], default: Callable[[str], str]) -> type:
     """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
     fields: list[Any] = []
     for name in names:
@@ -43,7 +47,7 @@ def _settings_type(names: Collection[str]) -> type:
         parameter = Parameter(
             name=f"--{flag}",
             group=Group(group_of(name)),
-            help=f"{describe_setting(name)} (default: {describe_value(field.default)})",
+            help=f"{describe_setting(name)} (default: {default(name)})",
             show_default=False,
             negative=(f"--no-{flag}",) if is_switch else (),
             consume_multiple=False,
@@ -53,7 +57,25 @@ def _settings_type(names: Collection[str]) -> type:
     return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
 
 
-Settings, PreferSettings = _settings_type(TRAIN_FLAGS), _settings_type(PREFER_FLAGS)
+def _declared(name: str) -> str:
+    return describe_value(TrainConfig.model_fields[name].default)
+
+
+def _of_stage(name: str) -> str:
+    """A default of `prefer`, which takes the settings of the run that it begins with."""
+    words = {
+        "learning_rate": f"the run's x {RATE_SHARE:g}",
+        "per_device_train_batch_size": "half the run's, in pairs",
+        "gradient_accumulation_steps": "twice the run's",
+    }
+    if name in words:
+        return words[name]
+    if name in STAGE:
+        return describe_value(STAGE[name])
+    return _declared(name) if group_of(name) == PREFERENCES else "as in the run"
+
+
+Settings, PreferSettings = _settings_type(TRAIN_FLAGS, _declared), _settings_type(PREFER_FLAGS, _of_stage)
 AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
 AnyPreferSettings = Annotated[PreferSettings | None, Parameter(name="*")]  # type: ignore[valid-type]
 

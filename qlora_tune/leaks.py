@@ -201,7 +201,9 @@ def _texts_of(run: Run) -> Iterator[str]:
         with contextlib.suppress(DataError, OSError):  # gone: has_its_data says so
             found = files(config)
             examples += load_files(config, found, label_files(found))[0] if found else []
-    examples += [pair.to_example() for pairs in read_kept_pairs(run.path) for pair in pairs]
+    pairs = [pair for kept in read_kept_pairs(run.path) for pair in kept]
+    examples += [pair.to_example() for pair in pairs]
+    yield from (pair.rejected for pair in pairs)
     for example in examples:
         yield from _strings([dict(turn) for turn in example.messages])
     yield from _strings([problem.get("original") for problem in run.read_problems()])

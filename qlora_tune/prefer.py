@@ -33,6 +33,8 @@ from qlora_tune.lifecycle import (
 from qlora_tune.memory import peak_bytes
 from qlora_tune.pair_scores import PairScores, score_pairs, write_scores
 from qlora_tune.preferences import (
+    RATE_SHARE,
+    STAGE,
     PreferencePair,
     TokenizedPair,
     keep_pairs,
@@ -46,20 +48,6 @@ from qlora_tune.shapes import Example
 from qlora_tune.trainer import build_preference_trainer, uncast_inputs
 
 REFERENCE = "reference"  # folder of a run: the adapter that it began with
-# At the usual 2e-4 of instruction tuning this gives 5e-6, the rate of Zephyr's recipe for DPO with QLoRA
-# (alignment-handbook).
-RATE_SHARE = 1 / 40
-# Settings that are another matter in this stage; one pass, because pairs are soon known by heart.
-STAGE: dict[str, Any] = {
-    "num_train_epochs": 1.0,
-    "max_steps": -1,
-    "warmup_ratio": 0.1,
-    "heldout_share": 0.1,
-    "early_stopping_patience": 0,
-    "neftune_noise_alpha": None,
-    "fast": False,
-    "run_name": None,
-}
 
 
 @dataclass(frozen=True)

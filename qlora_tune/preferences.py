@@ -24,6 +24,20 @@ PAIR_FORM = (
     '"chosen" and "rejected" beside a prompt ("prompt", "instruction", "question", "messages" or "conversations"), or '
     "votes of compare --vote"
 )
+# At the usual 2e-4 of instruction tuning this gives 5e-6, the rate of Zephyr's recipe for DPO with QLoRA
+# (alignment-handbook).
+RATE_SHARE = 1 / 40
+# Settings that are another matter in this stage; one pass, because pairs are soon known by heart.
+STAGE: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "max_steps": -1,
+    "warmup_ratio": 0.1,
+    "heldout_share": 0.1,
+    "early_stopping_patience": 0,
+    "neftune_noise_alpha": None,
+    "fast": False,
+    "run_name": None,
+}
 # The better answer's column, then the worse one's: TRL and LLaMA-Factory, StackExchange paired, OpenAI.
 _SIDES = (("chosen", "rejected"), ("response_j", "response_k"), ("preferred_output", "non_preferred_output"))
 KEPT = ("pairs.jsonl", "pairs-heldout.jsonl")  # in a run's folder

@@ -21,7 +21,9 @@ from test_votes import cast
 
 from qlora_tune.data import load_examples
 from qlora_tune.errors import ConfigError, RunError
-from qlora_tune.pair_scores import PairScore, PairScores
+from qlora_tune.export import open_adapter
+from qlora_tune.model import load_adapter
+from qlora_tune.pair_scores import PairScore, PairScores, score_pairs
 from qlora_tune.prefer import REFERENCE, PreferResult, find_origin, make_settings, prefer, prepare_preferences
 from qlora_tune.prepare import other_examples
 from qlora_tune.runs import Run, new_run, read_json
@@ -117,16 +119,9 @@ def test_the_figures_of_held_out_pairs_are_those_of_trl(preferred: Preferred) ->
 
 
 def test_the_saved_adapter_gives_the_very_likelihoods_that_were_scored(preferred: Preferred) -> None:
-    from qlora_tune.export import open_adapter
-    from qlora_tune.likelihood import pack_sequence, score_sequences
-
-    assert preferred.result.scores
-    model = open_adapter(preferred.run.adapter).load()
-    _, tokens = preferred.setup.heldout[0]
-    prompt, answer = tokens.prompt_ids, tokens.chosen_ids
-    sequence = pack_sequence([*prompt, *answer], [-100] * len(prompt) + answer)
-    alone = score_sequences(model, [sequence], 1)[sequence]
-    assert -alone == pytest.approx(preferred.result.scores.pairs[0].chosen_after, rel=1e-3, abs=1e-3)
+    trained = open_adapter(preferred.run.adapter)
+    model = load_adapter(trained.load(), preferred.run.path / REFERENCE, trained.base, "ref")
+    assert score_pairs(model, preferred.setup.heldout, preferred.config.beta, 32) == preferred.result.scores
 
 
 def test_pairs_have_the_tokens_of_instruction_tuning(preferred: Preferred) -> None:
