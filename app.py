@@ -37,7 +37,7 @@ from qlora_tune.config import TrainConfig, describe_setting, list_presets, resol
 from qlora_tune.data import find_data, parse_columns
 from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
 from qlora_tune.export import export_adapter, merge_adapter, open_adapter
-from qlora_tune.flags import as_field, flags_of_fields, is_list
+from qlora_tune.flags import TRAIN_FLAGS, as_field, flags_of_fields, group_of, is_list
 from qlora_tune.plan import pick_here, plan_run
 from qlora_tune.preview import check_as_trained, view_row
 from qlora_tune.repair import repair_files
@@ -49,7 +49,7 @@ SAMPLE = "the built-in sample"
 MAX_UPLOAD_BYTES = 1 << 30
 MAIN = ["model_name_or_path", "data", "preset", "num_train_epochs", "max_length"]
 MAIN += ["per_device_train_batch_size", "learning_rate", "heldout_share"]
-NAMES = [*MAIN, *(name for name in TrainConfig.model_fields if name not in (*MAIN, "runs_dir", "holdout_clusters"))]
+NAMES = [*MAIN, *(name for name in TRAIN_FLAGS if name not in (*MAIN, "runs_dir", "holdout_clusters"))]
 KEPT = ("data", "heldout_data", "map", "encoding", "preset", "run_name")  # a change of preset leaves these
 runs_dir = "runs"  # set once, by serve
 
@@ -475,11 +475,10 @@ def place_fields(fields: dict[str, Any]) -> None:
                     fields[name].render()
 
     place(MAIN)
-    group_of: Any = {name: TrainConfig.model_fields[name].json_schema_extra for name in TrainConfig.model_fields}
     with gr.Accordion("All other settings", open=False), gr.Tabs():
-        for group in dict.fromkeys(extra["group"] for extra in group_of.values()):
+        for group in dict.fromkeys(map(group_of, TRAIN_FLAGS)):
             with gr.Tab(group):
-                place([name for name in NAMES if group_of[name]["group"] == group and name not in MAIN])
+                place([name for name in NAMES if group_of(name) == group and name not in MAIN])
 
 
 def build_chat(tab: Any, adapter: Any) -> None:

@@ -10,8 +10,9 @@ from qlora_tune import __version__
 from qlora_tune.base import BaseModel
 from qlora_tune.comparison import measure_table, read_comparison, score_table
 from qlora_tune.config import BUILTIN, TrainConfig
+from qlora_tune.pair_scores import SCORES
 from qlora_tune.parity import Parity
-from qlora_tune.recipe import RECIPE, describe_recipe
+from qlora_tune.recipe import RECIPE, describe_method, describe_recipe
 from qlora_tune.runs import Run, read_json
 
 Form = Literal["adapter", "gguf", "quantized", "original"]  # the last two are what a merged model was merged into
@@ -43,14 +44,13 @@ def write_model_card(
     `stops` are the token ids that end an answer. Holds no rows and no paths.
     """
     config, state = run.read_config(), run.read_state()
-    method = "QLoRA" if config.load_in_4bit else "LoRA"
     kind = {"adapter": "LoRA adapter", "gguf": "LoRA adapter in GGUF"}.get(form, "merged model")
     lines = [
         *_front_matter(base, form),
         "",
         f"# {run.name}",
         "",
-        f"A {kind}: `{base.label}` instruction-tuned with {method} by qlora-tune {__version__}.",
+        f"A {kind}: `{base.label}` instruction-tuned with {describe_method(config)} by qlora-tune {__version__}.",
         "",
         *_section("Base model", _base_lines(config, state, base, form)),
         *_section("Data", _data_lines(run)),
@@ -156,13 +156,15 @@ def _recipe_lines(run: Run, state: dict[str, Any]) -> list[str]:
         *(f"| {_cell(name)} | {_cell(value)} |" for name, value in describe_recipe(run)),
         "",
         *(f"- {'then resumed with' if place else 'trained with'} {each}" for place, each in enumerate(versions)),
-        *(["", again] if versions else []),
+        *(["", again] if versions and run.stage == "train" else []),
     ]
 
 
 def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
     loss = state.get("eval_loss")
     lines = [f"Held-out loss {loss:.4f} nats per answer token.", ""] if loss is not None else []
+    if (run.path / SCORES).exists():
+        lines += [_pair_words(read_json(run.path / SCORES)), ""]
     if not (run.path / "scores.json").exists():
         return [*lines, "Not scored."]
     comparison = read_comparison(run)
@@ -175,6 +177,14 @@ def _score_lines(run: Run, state: dict[str, Any]) -> list[str]:
         "",
         measure_table(comparison.total()),
     ]
+
+
+def _pair_words(scores: dict[str, Any]) -> str:
+    mean, low, high = scores["accuracy"]
+    return (
+        f"Held-out preference pairs: in {mean:.1%} of {scores['rows']} ({low:.1%} to {high:.1%} with 95 % confidence) "
+        "the chosen answer gained more likelihood over the adapter begun with than the rejected one."
+    )
 
 
 def _use_lines(config: TrainConfig, base: BaseModel, stops: Sequence[int], form: Form) -> list[str]:

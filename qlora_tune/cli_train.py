@@ -182,6 +182,8 @@ def _go_on(planned: Planned, lock: DeviceLock, choose: Choose) -> None:
 
 def _resume(run: Run) -> None:
     run.require_unfinished()
+    if run.read_config().preference_data:
+        raise ConfigError(f"{run.path}: was trained on preferences. Go on with: {run.resume_command()}")
     _start(run, resume=True)
 
 
@@ -220,7 +222,7 @@ def _fit_andscore(run: Run, config: TrainConfig, setup: Setup, resume: bool, cho
             config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping, on_note=say
         )
     if result.status == "stopped":
-        say(f"stopped and saved. Go on with: python -m qlora_tune train --resume {run.path}")
+        say(f"stopped and saved. Go on with: {run.resume_command()}")
         raise Stopped
     state = run.read_state()
     estimated = sum(state["estimated_parts"].values())

@@ -22,6 +22,7 @@ from qlora_tune.errors import ConfigError, join_problems
 BUILTIN = "builtin"
 AUTO = "auto"
 UPLOADS = "uploads"  # folder beside the runs; private to this user
+PREFERENCES = "Preferences"  # the group of settings that only `prefer` takes
 
 
 def setting(default: Any, group: str, help: str, unit: str = "", **limits: Any) -> Any:
@@ -156,10 +157,20 @@ class TrainConfig(BaseModel):
         "auto", "Evaluation", "Text file whose loss before and after shows what was forgotten; `auto`: a shipped page."
     )
 
+    preference_data: list[str] = setting(
+        [], PREFERENCES, "Files of preference pairs or votes, which `prefer` trains on (its --data); may repeat."
+    )
+    beta: float = setting(0.1, PREFERENCES, "How closely answers keep to the adapter begun with.", gt=0, le=100)
+    loss_type: Literal["sigmoid", "ipo"] = setting(
+        "sigmoid", PREFERENCES, "`sigmoid`: DPO (arXiv 2305.18290); `ipo` (arXiv 2310.12036) ends at a set margin."
+    )
+
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")
     run_name: str | None = setting(None, "Run", "Name of the run; otherwise the time and the base model.")
 
-    @field_validator("data", "heldout_data", "map", "holdout_tasks", "lora_target_modules", mode="before")
+    @field_validator(
+        "data", "heldout_data", "map", "holdout_tasks", "lora_target_modules", "preference_data", mode="before"
+    )
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

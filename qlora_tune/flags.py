@@ -5,29 +5,49 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from qlora_tune.config import TrainConfig, describe_setting, describe_value
+from qlora_tune.config import PREFERENCES, TrainConfig, describe_setting, describe_value
+from qlora_tune.preferences import RATE_SHARE, STAGE
+
+
+def group_of(name: str) -> str:
+    """The group that a setting is shown in."""
+    extra: Any = TrainConfig.model_fields[name].json_schema_extra
+    return str(extra["group"])
+
+
+TRAIN_FLAGS = [name for name in TrainConfig.model_fields if group_of(name) != PREFERENCES]
+# What `prefer` takes; base, adapter and form of the prompt are those that the adapter was trained with.
+PREFER_FLAGS = [
+    name
+    for name in TrainConfig.model_fields
+    if (
+        group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES)
+        or name in ("heldout_share", "max_length", "model_name_or_path")
+    )
+    and name not in ("fast", "neftune_noise_alpha", "preference_data")
+]
 
 
 def is_list(name: str) -> bool:
     return "list" in str(TrainConfig.model_fields[name].annotation)
 
 
-def _settings_type() -> type:
+def _settings_type(names: Collection[str], default: Callable[[str], str]) -> type:
     """A dataclass with one optional flag per setting; values stay text, so that validation sees all at once."""
     fields: list[Any] = []
-    for name, field in TrainConfig.model_fields.items():
-        extra: Any = field.json_schema_extra
+    for name in names:
+        field = TrainConfig.model_fields[name]
         flag = name.replace("_", "-")
         is_switch = field.annotation is bool
         parameter = Parameter(
             name=f"--{flag}",
-            group=Group(extra["group"]),
-            help=f"{describe_setting(name)} (default: {describe_value(field.default)})",
+            group=Group(group_of(name)),
+            help=f"{describe_setting(name)} (default: {default(name)})",
             show_default=False,
             negative=(f"--no-{flag}",) if is_switch else (),
             consume_multiple=False,
@@ -37,8 +57,27 @@ def _settings_type() -> type:
     return dataclasses.make_dataclass("Settings", fields, frozen=True, namespace={"__module__": __name__})
 
 
-Settings = _settings_type()
+def _declared(name: str) -> str:
+    return describe_value(TrainConfig.model_fields[name].default)
+
+
+def _of_stage(name: str) -> str:
+    """A default of `prefer`, which takes the settings of the run that it begins with."""
+    words = {
+        "learning_rate": f"the run's x {RATE_SHARE:g}",
+        "per_device_train_batch_size": "half the run's, in pairs",
+        "gradient_accumulation_steps": "twice the run's",
+    }
+    if name in words:
+        return words[name]
+    if name in STAGE:
+        return describe_value(STAGE[name])
+    return _declared(name) if group_of(name) == PREFERENCES else "as in the run"
+
+
+Settings, PreferSettings = _settings_type(TRAIN_FLAGS, _declared), _settings_type(PREFER_FLAGS, _of_stage)
 AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
+AnyPreferSettings = Annotated[PreferSettings | None, Parameter(name="*")]  # type: ignore[valid-type]
 
 
 def given_flags(settings: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def launch_run(config: TrainConfig, kind: str) -> Run:
     with lock_device(kind) as lock:
         run = new_run(config)
         try:
-            _spawn(run, lock, ["--config", str(run.path / "config.toml")])
+            _spawn(run, lock, ["train", "--config", str(run.path / "config.toml")])
         except OSError:
             shutil.rmtree(run.path)
             raise
@@ -97,7 +97,7 @@ def launch_resume(run: Run, kind: str) -> None:
         before = run.read_state()
         run.update_state(status="preparing", reason=None)
         try:
-            _spawn(run, lock, ["--resume", str(run.path)])
+            _spawn(run, lock, [run.stage, "--resume", str(run.path)])
         except OSError:
             run.update_state(status=before["status"], reason=before.get("reason"))
             raise
@@ -183,7 +183,7 @@ def _spawn(run: Run, lock: DeviceLock, arguments: list[str]) -> None:
     lock.write_holder(run)
     with (run.path / OUTPUT_FILE).open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qlora_tune", "train", *arguments],
+            [sys.executable, "-m", "qlora_tune", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from qlora_tune.base import read_header
 from qlora_tune.data import label_files
 from qlora_tune.errors import DataError, ExportError
 from qlora_tune.gguf_adapter import read_header_text
+from qlora_tune.preferences import read_kept_pairs
 from qlora_tune.prepare import data_files, heldout_files, load_files, training_files
 from qlora_tune.runs import Run, fingerprint_files
 
@@ -200,6 +201,9 @@ def _texts_of(run: Run) -> Iterator[str]:
         with contextlib.suppress(DataError, OSError):  # gone: has_its_data says so
             found = files(config)
             examples += load_files(config, found, label_files(found))[0] if found else []
+    pairs = [pair for kept in read_kept_pairs(run.path) for pair in kept]
+    examples += [pair.to_example() for pair in pairs]
+    yield from (pair.rejected for pair in pairs)
     for example in examples:
         yield from _strings([dict(turn) for turn in example.messages])
     yield from _strings([problem.get("original") for problem in run.read_problems()])

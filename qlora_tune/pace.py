@@ -81,6 +81,7 @@ def _earlier_speed(
                 all(state.get(key) == value for key, value in same.items())
                 and other.activation_checkpointing == config.activation_checkpointing
                 and other.fast == config.fast
+                and not other.preference_data
             )
             created = float(state.get("created", 0))
             if not alike or (newest is not None and created < newest[0]):

@@ -22,6 +22,7 @@ from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
 from qlora_tune.long_chats import split_long
 from qlora_tune.model import Device, Precision, Quantization
+from qlora_tune.preferences import read_kept_pairs
 from qlora_tune.runs import Run, fingerprint_files
 from qlora_tune.shapes import DataProblem, Example
 from qlora_tune.turns import Message
@@ -85,19 +86,26 @@ class Setup:
     data: PreparedData
 
     def total_steps(self, config: TrainConfig) -> int:
-        """Optimizer steps of the whole run, counted as Transformers' Trainer counts them."""
-        batches = math.ceil(len(self.data.train) / config.per_device_train_batch_size)
-        an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
+        """Optimizer steps of the whole run."""
+        return count_steps(config, len(self.data.train))
+
+
+def count_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of a run over so many rows, counted as Transformers' Trainer counts them."""
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
 
 
 def prepare(config: TrainConfig) -> Setup:
     """Find the base, load its tokenizer, read, split and tokenize the rows. Loads no weights."""
     device = models.detect_device()
+    if config.preference_data:
+        raise ConfigError("preference_data holds pairs, not rows. Train on them with: python -m qlora_tune prefer")
     refuse_rotation(config)
     refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
-    _refuse_longer_than_context(config.max_length, base)
+    refuse_longer_than_context(config.max_length, base)
     if config.contracts:
         read_contracts(Path(config.contracts))  # a faulty one is told now, not once the training is done
     find_plain_text(config)
@@ -129,7 +137,7 @@ def refuse_rotation(config: TrainConfig) -> None:
         )
 
 
-def _refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
+def refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
     """Raise ConfigError where rows could reach positions that the base was never trained on."""
     context = base.context_length()
     if context and max_length > context:
@@ -251,7 +259,8 @@ def leave_out_seen(
     if not {rows.duplicate_key(example) for example in examples} <= heldout:
         training = training_files(config)
         _refuse_changed(run, [*training, *heldout_files(config)])
-        trained_on, _ = load_files(config, training, rows.label_files([*files, *training]))
+        trained_on = load_files(config, training, rows.label_files([*files, *training]))[0] if training else []
+        trained_on += [pair.to_example() for pair in read_kept_pairs(run.path)[0]]
         clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], examples)
     sequences, too_long = tokenize_examples(chat, clean, config.max_length)
     whole = {sequence.source for sequence in sequences}
@@ -313,8 +322,11 @@ def find_plain_text(config: TrainConfig) -> Path | None:
 
 
 def training_files(config: TrainConfig) -> list[str]:
-    """The files of training rows; sample.jsonl where none is named."""
-    return rows.find_data(config.data) or [str(shipped_path("sample.jsonl"))]
+    """The files of training rows; sample.jsonl where none is named.
+
+    Preference training names those of the adapter that it began with; where it knows none, there are none.
+    """
+    return rows.find_data(config.data) or [str(shipped_path("sample.jsonl"))] * (not config.preference_data)
 
 
 def heldout_files(config: TrainConfig) -> list[str]:
@@ -322,7 +334,7 @@ def heldout_files(config: TrainConfig) -> list[str]:
 
     The sample comes with held-out rows of its own, about other entities than its pairs.
     """
-    if config.data or config.heldout_data:
+    if config.data or config.heldout_data or config.preference_data:
         return rows.find_data(config.heldout_data)
     return [str(shipped_path("sample_heldout.jsonl"))]
 

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 ASKED_FIRST = ("lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "max_length", "seed", "load_in_4bit")
 # Names and places of this machine, or settled by what the recipe says of base and data.
 ELSEWHERE = {
-    *("data", "heldout_data", "contracts", "plain_text", "runs_dir", "run_name"),
+    *("data", "heldout_data", "preference_data", "contracts", "plain_text", "runs_dir", "run_name"),
     *("preset", "model_name_or_path", "model_revision"),
 }
 _HEAD = "# What this adapter was trained with. To train it again: python -m qlora_tune reproduce FOLDER --data FILE\n"
@@ -91,9 +91,12 @@ def describe_files(config: TrainConfig, report: DataReport) -> list[dict[str, An
 
 
 def make_recipe(run: Run, base: RecipeBase) -> Recipe | None:
-    """The recipe of a trained run; None for one of an earlier version, which kept no hashes and no versions."""
+    """The recipe of a trained run; None for one of an earlier version, which kept no hashes and no versions.
+
+    None for preference training too, which begins with an adapter that no recipe holds.
+    """
     config, state, data = run.read_config(), run.read_state(), read_json(run.path / "data.json")
-    if "files" not in data or "versions" not in state:
+    if "files" not in data or "versions" not in state or config.preference_data:
         return None
     settings = {key: value for key, value in config.model_dump().items() if key not in ELSEWHERE and value is not None}
     outcome = Outcome(
@@ -135,10 +138,17 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def describe_method(config: TrainConfig) -> str:
+    """How a model was tuned, in the words of papers."""
+    method = "QLoRA" if config.load_in_4bit else "LoRA"
+    loss = "DPO" if config.loss_type == "sigmoid" else "IPO"
+    return f"{method}, then trained on preference pairs ({loss})," if config.preference_data else method
+
+
 def describe_recipe(run: Run) -> list[tuple[str, str]]:
     """Data by name and size, then the settings that matter: names of files, not where they lie."""
     config, state, data = run.read_config(), run.read_state(), read_json(run.path / "data.json")
-    files = ", ".join(Path(file).name for file in config.data) or "the built-in sample"
+    files = ", ".join(Path(file).name for file in config.preference_data or config.data) or "the built-in sample"
     rows = f"{data['rows_in']:,} rows read, {data['rows_rejected']:,} rejected, {data['rows_heldout']:,} held out"
     if unseen := data.get("rows_unseen"):
         rows += f", {unseen:,} of tasks kept out of training"

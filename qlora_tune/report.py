@@ -27,7 +27,7 @@ from qlora_tune.comparison import (
     write_values,
 )
 from qlora_tune.config import BUILTIN
-from qlora_tune.recipe import describe_recipe
+from qlora_tune.recipe import describe_method, describe_recipe
 from qlora_tune.runs import UNSEEN, Run
 from qlora_tune.scores import METRIC, write_value
 from qlora_tune.text_signs import printable
@@ -110,7 +110,7 @@ def render_report(run: Run) -> str:
         run=run,
         style=Markup(parts.STYLE),
         base="The built-in base" if state["base_model"] == BUILTIN else Path(state["base_model"]).name,
-        method="QLoRA" if config.load_in_4bit else "LoRA",
+        method=describe_method(config),
         version=__version__,
         day=datetime.fromtimestamp(state["created"], UTC).date().isoformat(),
         figures=_figures(run, state),

@@ -13,6 +13,9 @@ RUN/adapter/          the trained adapter
 RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows; scores-unseen.json and so on likewise
 RUN/report.html       all of it for people, on one page
 RUN/votes.jsonl       which answers people found best (compare --vote)
+RUN/pairs.jsonl, RUN/pairs-heldout.jsonl   of `prefer`: the preference pairs that are trained on and scored on
+RUN/reference/        of `prefer`: the adapter that it began with
+RUN/preferences.json  of `prefer`: the held-out pairs before and after
 """
 
 from __future__ import annotations
@@ -68,8 +71,17 @@ class Run:
         if not self.has_adapter:
             raise RunError(
                 f"{self.path}: this run is {self.read_state()['status']} and has no adapter yet. "
-                f"Go on with: python -m qlora_tune train --resume {self.path}"
+                f"Go on with: {self.resume_command()}"
             )
+
+    @property
+    def stage(self) -> str:
+        """The command that trains the run."""
+        return "prefer" if self.read_config().preference_data else "train"
+
+    def resume_command(self) -> str:
+        """What goes on with the run in a terminal."""
+        return f"python -m qlora_tune {self.stage} --resume {self.path}"
 
     def require_unfinished(self) -> None:
         """Raise RunError when there is nothing to go on with."""
@@ -182,7 +194,7 @@ def new_run(config: TrainConfig) -> Run:
         raise RunError(f"{path}: the run's folder can't be made: {error.strerror}.") from None
     settings = {key: value for key, value in config.model_dump().items() if value is not None}
     # Absolute, so that the run can be resumed and opened from anywhere.
-    for key in ("data", "heldout_data"):
+    for key in ("data", "heldout_data", "preference_data"):
         settings[key] = [str(Path(file).resolve()) for file in settings[key]]
     for key in ("contracts", "plain_text"):
         if settings.get(key, "auto") != "auto":
@@ -278,7 +290,7 @@ def hash_file(path: str | Path) -> str:
 def fingerprint_settings(config: TrainConfig) -> str:
     """Hash the settings that shape training; where the run's folder lies doesn't."""
     settings = config.model_dump(exclude={"runs_dir", "run_name", "score_rows", "max_new_tokens", "plain_text"})
-    for key in ("data", "heldout_data", "model_name_or_path"):  # known by their content
+    for key in ("data", "heldout_data", "preference_data", "model_name_or_path"):  # known by their content
         settings.pop(key)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as this project uses it: what it is told, and the loss that it computes.
+"""TRL's SFTTrainer and DPOTrainer as this project uses them: what they are told, and the loss that they compute.
 
 Station between the run's life (train.py) and the fast path. The only module that knows our settings and TRL's.
 """
@@ -15,7 +15,9 @@ from qlora_tune import model as models
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.fast import FastModel, split_batch
-from qlora_tune.prepare import PAD_TO, Setup, optimizer_of
+from qlora_tune.model import Device, Precision
+from qlora_tune.preferences import TokenizedPair
+from qlora_tune.prepare import PAD_TO, Setup, count_steps, optimizer_of
 from qlora_tune.runs import Run
 
 
@@ -28,51 +30,60 @@ def to_sft_config(
     """
     from trl import SFTConfig
 
-    steps = setup.total_steps(config)
-    every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
-    has_heldout = bool(setup.data.heldout)
-    on_cuda = setup.device.kind == "cuda"
-    rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    told = _arguments(config, run, setup.device, setup.precision, setup.total_steps(config), bool(setup.data.heldout))
     if flat:
-        rows, accumulation = rows * accumulation, 1
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        told |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+        told |= {"gradient_accumulation_steps": 1, "dataloader_pin_memory": False}
     return SFTConfig(
-        output_dir=str(run.checkpoints),
-        max_length=None,  # rows are already whole and short enough; the default would cut them again
+        **told,
         packing=False,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=rows,
-        # The held-out loss holds logits of the whole batch, as training does: no larger batch fits.
-        per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=optimizer_of(config, setup.device),
         neftune_noise_alpha=None if flat else config.neftune_noise_alpha,
         gradient_checkpointing=checkpointing and not flat,  # the fast path brings its own
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=setup.precision == "bfloat16",
-        fp16=setup.precision == "float16",
-        use_cpu=not on_cuda,
-        seed=config.seed,
-        eval_strategy="steps" if has_heldout else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=config.load_best_model_at_end and has_heldout,
-        metric_for_best_model="eval_loss" if has_heldout else None,
-        greater_is_better=False if has_heldout else None,
-        pad_to_multiple_of=None if on_cuda else PAD_TO,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show a loss that is not a number as 0.0
-        dataloader_pin_memory=False if flat else on_cuda,
-        disable_tqdm=True,
-        report_to="none",
     )
+
+
+def _arguments(
+    config: TrainConfig, run: Run, device: Device, precision: Precision, steps: int, has_heldout: bool
+) -> dict[str, Any]:
+    """What both of TRL's trainers are told."""
+    every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
+    on_cuda = device.kind == "cuda"
+    return {
+        "output_dir": str(run.checkpoints),
+        "max_length": None,  # rows are already whole and short enough; the default would cut them again
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        # The held-out loss holds logits of the whole batch, as training does: no larger batch fits.
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": int(steps * config.warmup_ratio),  # rounded down: the first step of a warmup has rate 0
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": optimizer_of(config, device),
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        "use_cpu": not on_cuda,
+        "seed": config.seed,
+        "eval_strategy": "steps" if has_heldout else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": config.load_best_model_at_end and has_heldout,
+        "metric_for_best_model": "eval_loss" if has_heldout else None,
+        "greater_is_better": False if has_heldout else None,
+        "pad_to_multiple_of": None if on_cuda else PAD_TO,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show a loss that is not a number as 0.0
+        "dataloader_pin_memory": on_cuda,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
 
 
 def build_trainer(
@@ -87,7 +98,7 @@ def build_trainer(
 ) -> Any:
     """An SFTTrainer over the prepared rows: through the fast path in micro-batches of max_tokens, or the plain way."""
     import torch
-    from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
     class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -141,13 +152,6 @@ def build_trainer(
                     loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
             return loss.double().cpu() * learned, learned
 
-    callbacks = []
-    if config.early_stopping_patience and setup.data.heldout:
-        stopper = EarlyStoppingCallback(config.early_stopping_patience)
-        losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
-        # After a resume it would count from 0 again.
-        stopper.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        callbacks.append(stopper)
     trainer = MaskedTrainer(
         model=model,
         args=to_sft_config(config, run, setup, flat=fast is not None, checkpointing=checkpointing),
@@ -155,11 +159,81 @@ def build_trainer(
         train_dataset=_to_dataset(setup.data.train),
         eval_dataset=_to_dataset(setup.data.heldout) if setup.data.heldout else None,
         processing_class=setup.tokenizer,
-        callbacks=callbacks,
+        callbacks=_early_stopping(config, run) if setup.data.heldout else [],
     )
     trainer.remove_callback(PrinterCallback)
     models.keep_adapter_in_fp32(model)
     return trainer
+
+
+def build_preference_trainer(
+    model: Any,
+    config: TrainConfig,
+    run: Run,
+    device: Device,
+    precision: Precision,
+    tokenizer: Any,
+    train: Sequence[TokenizedPair],
+    heldout: Sequence[TokenizedPair],
+) -> Any:
+    """A DPOTrainer over prepared pairs, which trains the model's adapter against a frozen copy of it.
+
+    TRL keeps that copy beside the adapter, on the same base, under the name "ref".
+    """
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class PairTrainer(DPOTrainer):  # type: ignore[misc]
+        """DPOTrainer that takes pairs as tokens, where TRL would render and cut them in its own way."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Leave no card of empty headings in the checkpoints; export writes the real one."""
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            """Nothing asks for it, and counting goes over all parameters at every step."""
+            return 0
+
+    steps = count_steps(config, len(train))
+    told = _arguments(config, run, device, precision, steps, bool(heldout))
+    on_cuda = device.kind == "cuda"
+    exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name}
+    trainer = PairTrainer(
+        model=model,
+        args=DPOConfig(
+            **told,
+            beta=config.beta,
+            loss_type=[config.loss_type],
+            # A GPU's memory is what runs out, and no estimate is made for pairs.
+            gradient_checkpointing=config.activation_checkpointing == "on"
+            or (config.activation_checkpointing == "auto" and on_cuda),
+        ),
+        train_dataset=_to_pair_dataset(train),
+        eval_dataset=_to_pair_dataset(heldout) if heldout else None,
+        processing_class=tokenizer,
+        callbacks=_early_stopping(config, run) if heldout else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # TRL rounds the adapter to bfloat16: it would begin as another model than its reference, and small steps be lost.
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = exact[name.replace(".ref.", ".default.")].float().clone()
+    return trainer
+
+
+def _early_stopping(config: TrainConfig, run: Run) -> list[Any]:
+    """A callback that ends training where the held-out loss no longer falls, if that is wanted."""
+    from transformers import EarlyStoppingCallback
+
+    if not config.early_stopping_patience:
+        return []
+    stopper = EarlyStoppingCallback(config.early_stopping_patience)
+    losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
+    # After a resume it would count from 0 again.
+    stopper.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return [stopper]
 
 
 def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
@@ -186,3 +260,10 @@ def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:
             "labels": [sequence.labels for sequence in sequences],
         }
     )
+
+
+def _to_pair_dataset(pairs: Sequence[TokenizedPair]) -> Any:
+    from datasets import Dataset
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_dict({column: [getattr(pair, column) for pair in pairs] for column in columns})

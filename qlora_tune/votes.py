@@ -110,12 +110,12 @@ def read_votes(path: Path) -> list[Vote]:
     votes = []
     for number, line in enumerate(lines, start=1):
         try:
-            votes += [_to_vote(line)] if line.strip() else []
+            votes += [_read_line(line)] if line.strip() else []
         except RowError as error:
             raise DataError(
                 f"{path}:{number}: is no vote: {error}. Mend or delete the line, or name another file with --votes."
             ) from None
-    return [*votes, _to_vote(last)] if _is_vote(last) else votes
+    return [*votes, _read_line(last)] if _is_vote(last) else votes
 
 
 def same_answerers(votes: Sequence[Vote], fingerprints: Mapping[str, str]) -> list[Vote]:
@@ -155,28 +155,33 @@ def _end_last_line(file: BinaryIO) -> None:
 
 def _is_vote(line: bytes) -> bool:
     try:
-        _to_vote(line)
+        _read_line(line)
     except RowError:
         return False
     return True
 
 
-def _to_vote(line: bytes) -> Vote:
+def _read_line(line: bytes) -> Vote:
     """Read one line. Raises RowError saying what is wrong with it."""
     value, problem = decode_line(line)
     if problem:
         raise RowError(problem)
     if not isinstance(value, dict):
         raise RowError(f"is {type_name(value)}, expected an object")
+    return to_vote(value)
+
+
+def to_vote(fields: Mapping[str, Any]) -> Vote:
+    """The vote that a row holds. Raises RowError saying what is wrong with it."""
     for name, kind in _FIELDS.items():
-        if name not in value:
+        if name not in fields:
             raise RowError(f'"{name}" is missing')
-        if not isinstance(value[name], kind):
-            raise RowError(f'"{name}" is {type_name(value[name])}')
-    texts = [*value["answers"].values(), *value["fingerprints"].values()]
-    if value["answers"].keys() != value["fingerprints"].keys() or not all(isinstance(text, str) for text in texts):
+        if not isinstance(fields[name], kind):
+            raise RowError(f'"{name}" is {type_name(fields[name])}')
+    texts = [*fields["answers"].values(), *fields["fingerprints"].values()]
+    if fields["answers"].keys() != fields["fingerprints"].keys() or not all(isinstance(text, str) for text in texts):
         raise RowError('"answers" and "fingerprints" must hold a text for each answerer')
-    if value["winner"] not in (*value["answers"], TIE, NONE):
-        raise RowError(f'the winner "{value["winner"]}" is none of the answerers')
-    prompt = tuple(read_turns(value.get("prompt"), "prompt", []))
-    return Vote(prompt=prompt, tools=read_tools(value), **{name: value[name] for name in _FIELDS})
+    if fields["winner"] not in (*fields["answers"], TIE, NONE):
+        raise RowError(f'the winner "{fields["winner"]}" is none of the answerers')
+    prompt = tuple(read_turns(fields.get("prompt"), "prompt", []))
+    return Vote(prompt=prompt, tools=read_tools(dict(fields)), **{name: fields[name] for name in _FIELDS})

@@ -191,8 +191,8 @@ def test_several_files_are_listed_each_with_its_rows(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_the_versions_it_began_with() -> None:
+    from qlora_tune.lifecycle import _versions_with
     from qlora_tune.recipe import read_versions
-    from qlora_tune.train import _versions_with
 
     earlier = {**read_versions(), "torch": "1.0"}
     assert _versions_with([]) == [read_versions()]

@@ -61,7 +61,8 @@ def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
     assert commands <= set(app), commands - set(app)
-    names = ("train", "check", "mix", "select", "pairs", "preview", "export", "chat", "config", "compare", "reproduce")
+    names = ("train", "prefer", "votes", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
+    names += ("compare", "reproduce")
     helps = "".join(
         subprocess.run(
             [sys.executable, *command, "--help"],

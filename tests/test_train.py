@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import settings
 
+from qlora_tune import lifecycle
 from qlora_tune import model as models
 from qlora_tune import train as training
 from qlora_tune.data import load_examples
@@ -311,7 +312,7 @@ def test_the_best_checkpoint_is_looked_for_where_the_run_is_now(finished: Any) -
 
     run, _, result = finished
     state = TrainerState(best_model_checkpoint="/somewhere/else/checkpoints/checkpoint-12")
-    recorder = training._recorder(run, result.setup, lambda entry: None, training._Stop())
+    recorder = lifecycle.recorder(run, result.setup.device, lambda entry: None, lifecycle.Stop(), has_heldout=True)
     recorder.on_train_begin(None, state, TrainerControl())
     assert state.best_model_checkpoint == str(run.checkpoints / "checkpoint-12")
 

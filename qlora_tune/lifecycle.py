@@ -1,0 +1,234 @@
+"""The life of a training in its run's folder, whatever the stage: begun, recorded, stopped, resumed, ended, failed."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_tune import model as models
+from qlora_tune import runs
+from qlora_tune.base import BaseModel
+from qlora_tune.config import TrainConfig
+from qlora_tune.errors import MemoryLimitError, RunError
+from qlora_tune.model import Device, Precision, Quantization
+from qlora_tune.recipe import read_versions
+from qlora_tune.runs import Run
+
+# What is kept of what a trainer logs; those with rewards come from preference training.
+MEASURED = (
+    *("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"),
+    *("rewards/margins", "rewards/accuracies", "eval_rewards/margins", "eval_rewards/accuracies"),
+)
+
+
+def begin(
+    run: Run,
+    base: BaseModel,
+    device: Device,
+    precision: Precision,
+    fingerprints: Mapping[str, str],
+    *,
+    total_steps: int,
+    resume: bool,
+) -> None:
+    """Record that a training runs in this process: where, on what, and from which data."""
+    run.update_state(
+        status="running",
+        pid=os.getpid(),
+        started=time.time(),
+        reason=None,
+        device=device.name,
+        precision=precision,
+        base_model=base.name,
+        **fingerprints,
+        versions=_versions_with(run.read_state().get("versions", []) if resume else []),
+        total_steps=total_steps,
+    )
+
+
+@contextmanager
+def failures_recorded(run: Run, config: TrainConfig, device: Device) -> Iterator[None]:
+    """Leave in the run's state why training ended early. Raises MemoryLimitError when memory ran out."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.update_state(status="stopped")
+        raise
+    except BaseException as error:
+        run.update_state(status="failed", reason=(str(error) or type(error).__name__)[:500])
+        if type(error).__name__ == "OutOfMemoryError":
+            raise MemoryLimitError(out_of_memory(config, device)) from None
+        raise
+
+
+def _versions_with(earlier: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The versions that a run was trained with: those it began with, then each that it was resumed with."""
+    now = read_versions()
+    return earlier if earlier and earlier[-1] == now else [*earlier, now]
+
+
+def out_of_memory(config: TrainConfig, device: Device) -> str:
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return (
+        f"{device.name} ran out of memory ({device.memory_bytes / 1e9:.1f} GB) with micro-batches of "
+        f"{config.per_device_train_batch_size} rows and up to {config.max_length} tokens. Try, in this order: "
+        f"--per-device-train-batch-size 1 --gradient-accumulation-steps {effective} (the same training), "
+        "--activation-checkpointing on, a smaller --max-length, a smaller preset (python -m qlora_tune presets)."
+    )
+
+
+def find_checkpoint(run: Run, fingerprints: dict[str, str]) -> Path | None:
+    """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
+    run.require_unfinished()
+    state = run.read_state()
+    names = {
+        "data_fingerprint": "data files",
+        "settings_fingerprint": "settings",
+        "base_fingerprint": "base model's weights",
+        "preferences_fingerprint": "preference files or first adapter",
+    }
+    changed = [names[key] for key, value in fingerprints.items() if state.get(key, value) != value]
+    if changed:
+        raise RunError(
+            f"{run.path}: its {' and '.join(changed)} have changed since it was started, so going on would mix two "
+            "trainings. Start a new run instead."
+        )
+    checkpoint = next(reversed(runs.keep_whole_checkpoints(run)), None)
+    run.rewind_metrics(runs.step_of(checkpoint))
+    return checkpoint
+
+
+class Stop:
+    """Whether a signal has asked to stop."""
+
+    asked = False
+
+
+@contextmanager
+def stop_on_signal(on_stop: Callable[[], None]) -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into a wish to stop after the step; the third one raises KeyboardInterrupt.
+
+    Not the second: people press Ctrl-C twice, and the checkpoint being written is what they want to keep.
+    """
+    stop = Stop()
+    asked = 0
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked += 1
+        stop.asked = True
+        if asked == 1:
+            on_stop()
+        if asked > 2:
+            raise KeyboardInterrupt
+
+    try:
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it decides about signals
+        old = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def recorder(
+    run: Run, device: Device, on_metrics: Callable[[dict[str, Any]], None], stop: Stop, *, has_heldout: bool
+) -> Any:
+    """A Trainer callback that records every step, seals checkpoints, watches the loss and heeds a stop."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begin, self.first_step = time.perf_counter(), state.global_step
+            if state.best_model_checkpoint:  # kept as a path, which is wrong once the run's folder was moved
+                state.best_model_checkpoint = str(run.checkpoints / Path(state.best_model_checkpoint).name)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+            elif state.global_step >= state.max_steps and has_heldout:
+                control.should_evaluate = True  # else the last weights could never be the best ones
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            entry = self._measure(state, logs)
+            if entry is None:
+                return
+            run.add_metrics(entry)
+            on_metrics(entry)
+            broken = [name for name in ("loss", "eval_loss") if not math.isfinite(entry.get(name, 0.0))]
+            if not args.fp16 and not math.isfinite(entry.get("grad_norm", 0.0)):
+                broken.append("gradient")
+            if broken:
+                raise RunError(
+                    f"The {broken[0]} is not a finite number at step {state.global_step}, so training was stopped "
+                    "before anything was saved from it. Lower --learning-rate, or use --dtype float32."
+                )
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            runs.seal_checkpoint(run.checkpoints / f"checkpoint-{state.global_step}")
+
+        def _measure(self, state: Any, logs: dict[str, float]) -> dict[str, Any] | None:
+            known = {name: float(logs[name]) for name in MEASURED if name in logs}
+            if "loss" not in known and "eval_loss" not in known:
+                return None
+            elapsed = time.perf_counter() - self.begin
+            done = state.global_step - self.first_step
+            if "num_tokens" in logs and "loss" in known:
+                known["tokens_per_s"] = logs["num_tokens"] / elapsed
+            return {
+                "step": state.global_step,
+                "total_steps": state.max_steps,
+                "epoch": round(state.epoch or 0.0, 4),
+                **known,
+                "memory_bytes": _memory_in_use(device),
+                "elapsed_s": round(elapsed, 3),
+                "left_s": round(elapsed / max(done, 1) * (state.max_steps - state.global_step), 1),
+            }
+
+    return Recorder()
+
+
+def _memory_in_use(device: Device) -> int:
+    """Peak bytes allocated on a GPU; resident bytes of the process on a CPU."""
+    import psutil
+    import torch
+
+    if device.kind == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def leave_training(trainer: Any, model: Any) -> None:
+    """Take training's autocast and attention off the model: scores must come from the computation of chat and exports.
+
+    Raises RunError where a trained weight is no finite number.
+    """
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.set_attn_implementation("sdpa")
+    _refuse_non_finite(model)
+
+
+def _refuse_non_finite(model: Any) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise RunError(f"{name} holds values that are not finite numbers; no adapter was saved.")
+
+
+def save_adapter(
+    model: Any, run: Run, base: BaseModel, tokenizer: Any, quantization: Quantization, precision: Precision
+) -> None:
+    """Leave the adapter, its tokenizer with chat template, and its base's fingerprint in the run's folder."""
+    model.save_pretrained(run.adapter, safe_serialization=True)
+    (run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form; export writes the real card
+    tokenizer.save_pretrained(run.adapter)
+    models.write_adapter_record(run.adapter, base, quantization, precision)
