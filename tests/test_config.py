@@ -115,4 +115,4 @@ def test_every_setting_has_a_help_and_a_group() -> None:
         extra = field.json_schema_extra
         assert field.description, name
         assert isinstance(extra, dict), name
-        assert extra["group"] in {"Model", "Data", "LoRA", "Training", "Evaluation", "Run"}, name
+        assert extra["group"] in {"Model", "Data", "LoRA", "Training", "Evaluation", "Preferences", "Run"}, name
