@@ -147,12 +147,14 @@ def prepare_preferences(config: TrainConfig, origin: Origin) -> PreferenceSetup:
     trained = open_adapter(origin.adapter, moved if Path(moved).is_dir() else None)
     refuse_longer_than_context(config.max_length, trained.base)
     pairs, report = read_pairs(config.preference_data)
-    train_pairs, heldout_pairs = split_pairs(pairs, config.heldout_share, config.seed)
-    train, problems = tokenize_pairs(trained.chat, train_pairs, config.max_length)
-    heldout, more = tokenize_pairs(trained.chat, heldout_pairs, config.max_length)
-    report.problems += problems + more
-    if not train:
+    fitting, problems = tokenize_pairs(trained.chat, pairs, config.max_length)
+    report.problems += problems
+    if not fitting:
         raise DataError(join_problems("No pair is left to train on.", [str(problem) for problem in report.problems]))
+    _, held_out = split_pairs([pair for pair, _ in fitting], config.heldout_share, config.seed)
+    sources = {pair.source for pair in held_out}
+    train = [found for found in fitting if found[0].source not in sources]
+    heldout = [found for found in fitting if found[0].source in sources]
     asked = [pair.to_example() for pair, _ in train]
     examples, leaks = rows.drop_seen(asked, origin.run.read_heldout() if origin.run else [])
     unseen, more_leaks = rows.drop_seen(asked, origin.run.read_unseen() if origin.run else [])

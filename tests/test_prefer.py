@@ -145,6 +145,15 @@ def test_what_is_too_long_is_left_out_whole_and_said(finished: Any, tmp_path: Pa
     assert reasons[-1][0] == 3
 
 
+def test_pairs_are_held_out_of_those_that_fit(finished: Any, tmp_path: Path) -> None:
+    long = [{"prompt": f"Say {n}", "chosen": "a b " * 300, "rejected": "no"} for n in range(40)]
+    short = [{"prompt": f"{n * 7919} and then?", "chosen": f"{n}", "rejected": "no"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*long, *short])))
+    origin = find_origin(finished[0].path, "")
+    setup = prepare_preferences(make_settings(origin, [str(tmp_path / "rows.jsonl")], {"heldout_share": 0.2}), origin)
+    assert (len(setup.train), len(setup.heldout), setup.report.rejected) == (16, 4, 40)
+
+
 def test_settings_come_from_the_run_but_for_what_this_stage_changes(finished: Any) -> None:
     run, before, _ = finished
     config = make_settings(find_origin(run.path, ""), ["p.jsonl"], {"beta": "0.5", "max_steps": "7"})
