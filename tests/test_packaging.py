@@ -56,14 +56,12 @@ def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
     assert sum(path.stat().st_size for path in data) <= 10_000_000
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md"])
-def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
-    text = (ROOT / page).read_text()
-    commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
-    assert commands <= set(app), commands - set(app)
+@pytest.fixture(scope="module")
+def helps() -> str:
+    """What the page and every command but the simplest say of their flags."""
     names = ("train", "prefer", "votes", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
-    names += ("compare", "reproduce")
-    helps = "".join(
+    names += ("compare", "reproduce", "evaluate")
+    return "".join(
         subprocess.run(
             [sys.executable, *command, "--help"],
             capture_output=True,
@@ -74,6 +72,13 @@ def test_every_command_and_flag_that_a_page_names_exists(page: str) -> None:
         ).stdout
         for command in (["app.py"], *(["-m", "qlora_tune", name] for name in names))
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md"])
+def test_every_command_and_flag_that_a_page_names_exists(page: str, helps: str) -> None:
+    text = (ROOT / page).read_text()
+    commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))
+    assert commands <= set(app), commands - set(app)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help"}:
         assert flag in helps, flag
 

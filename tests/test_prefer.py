@@ -233,6 +233,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.reliability
 def test_a_stopped_run_goes_on_to_the_same_adapter(finished: Any, tmp_path: Path) -> None:
     data = sample_votes(tmp_path / "votes.jsonl", 120)
     flags = ["--max-steps", "12", "--eval-steps", "4", "--score-rows", "0", "--runs-dir", str(tmp_path / "runs")]

@@ -159,6 +159,7 @@ def test_a_run_that_was_trained_and_not_scored_is_only_scored(experiment: Path) 
     assert read_comparison(run, UNSEEN).total().rows == 12
 
 
+@pytest.mark.reliability
 def test_an_interrupted_experiment_goes_on_to_the_same_losses(whole: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
     second = tmp_path / "runs" / "x" / "cluster-1"
