@@ -11,7 +11,7 @@ from qlora_tune import terminal
 from qlora_tune.cli_data import Output
 from qlora_tune.cli_train import RunsDir, Stopped, score_run
 from qlora_tune.config import TrainConfig
-from qlora_tune.errors import ConfigError, TuneError
+from qlora_tune.errors import ConfigError, DataError, TuneError
 from qlora_tune.flags import AnyPreferSettings, given_flags
 from qlora_tune.launch import lock_device, refuse_busy_device
 from qlora_tune.model import quiet_stack
@@ -32,6 +32,8 @@ def votes(run: Path, output: Output, *, runs_dir: RunsDir = "runs") -> None:
     from qlora_tune.preferences import read_pairs, write_pairs
 
     source = run if run.is_file() else open_run(run, runs_dir).path / "votes.jsonl"
+    if not source.exists():
+        raise DataError(f"{source}: no votes yet. Vote with: python -m qlora_tune compare {run} base --vote")
     refuse_overwriting([output], [source])
     pairs, report = read_pairs([source])
     write_pairs(output, pairs)

@@ -146,6 +146,24 @@ def test_written_pairs_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert read_pairs([tmp_path / "rows.jsonl"])[0] == pairs
 
 
+def test_the_votes_of_a_run_are_written_as_pairs_by_a_command(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tune.cli import main
+
+    run = finished[0]
+    assert main(["votes", str(tmp_path / "none"), "--output", str(tmp_path / "pairs.jsonl")]) == 2
+    assert main(["votes", str(run.path), "--output", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "no votes yet" in " ".join(capsys.readouterr().err.split())
+    votes = tmp_path / "votes.jsonl"
+    append_vote(votes, cast("a"))
+    append_vote(votes, cast(TIE))
+    assert main(["votes", str(votes), "--output", str(tmp_path / "pairs.jsonl")]) == 0
+    assert "1 pairs of 1 votes" in capsys.readouterr().out
+    row = json.loads((tmp_path / "pairs.jsonl").read_text())
+    assert [row[name][0]["content"] for name in ("prompt", "chosen", "rejected")] == ["q", "yes", "no"]
+
+
 def test_real_preference_files_are_read_and_every_row_is_accounted_for(shared_data: Path) -> None:
     pairs, report = read_pairs([shared_data / "preference" / "dpo_en_demo.json"])
     assert (report.rows_in, report.kept + report.rejected) == (300, 300)
