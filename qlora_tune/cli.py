@@ -148,7 +148,9 @@ def chat(
 
     sampling = check_sampling(temperature, top_p, max_new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        adapter = find_adapter(run, runs_dir, Path(scratch))[0] if run else latest_run(runs_dir).adapter
+        adapter, own = find_adapter(run or latest_run(runs_dir).path, runs_dir, Path(scratch))
+        if own:
+            quiet_stack(own.log_file)
         model = load_chat(adapter, model_name_or_path)
     say(f"adapter {run if adapter.is_relative_to(scratch) else adapter}")
     terminal.chat_loop(

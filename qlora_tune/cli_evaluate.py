@@ -9,11 +9,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from qlora_tune import terminal
-from qlora_tune.cli_train import RunsDir, find_run, open_trained, score, score_rows, score_run
+from qlora_tune.cli_train import RunsDir, open_trained, score, score_rows, score_run
 from qlora_tune.config import TrainConfig
 from qlora_tune.contracts import read_contracts
+from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError
-from qlora_tune.runs import UNSEEN, Run
+from qlora_tune.model import quiet_stack
+from qlora_tune.runs import UNSEEN, Run, latest_run
 from qlora_tune.terminal import say
 
 OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
@@ -37,16 +39,16 @@ def evaluate(
 
     if contracts:
         read_contracts(contracts)
+    name = run or latest_run(runs_dir).path
     with tempfile.TemporaryDirectory() as scratch:
-        if run is not None:
-            place, found = (run, None) if is_model(run) else find_adapter(run, runs_dir, Path(scratch))
-            if found is None:
-                _evaluate_outsider(run, place, data, contracts, output, load_in_4bit, model_name_or_path)
-                return
-            run = found.path
+        place, found = (name, None) if is_model(name) else find_adapter(name, runs_dir, Path(scratch))
+        if found is None:
+            _evaluate_outsider(name, place, data, contracts, output, load_in_4bit, model_name_or_path)
+            return
     if output or load_in_4bit:
         raise ConfigError("--output and --load-in-4bit are for what is no run: a run keeps its scores in its folder.")
-    _evaluate_run(find_run(run, runs_dir), data, contracts, model_name_or_path)
+    quiet_stack(found.log_file)
+    _evaluate_run(found, data, contracts, model_name_or_path)
 
 
 def _evaluate_run(run: Run, data: tuple[str, ...], contracts: Path | None, model_name_or_path: str | None) -> None:
@@ -60,12 +62,16 @@ def _evaluate_run(run: Run, data: tuple[str, ...], contracts: Path | None, model
         score_run(run, config, trained.load(), trained.chat, run.read_heldout(), run.read_unseen())
         return
     examples, report = other_examples(run, data, trained.chat)
-    if report.problems:
-        say(f"{report.rejected} of {report.rows_in} rows not scored:")
-        terminal.show_problems(report)
+    _show_left_out(report)
     name = "-".join(Path(file).stem for file in data)
     # A file called unseen.jsonl must not take the place of the run's own unseen tasks.
     score(run, config, trained.load(), trained.chat, examples, "other-unseen" if name == UNSEEN else name)
+
+
+def _show_left_out(report: DataReport) -> None:
+    if report.problems:
+        say(f"{report.rejected} of {report.rows_in} rows not scored:")
+        terminal.show_problems(report)
 
 
 def _evaluate_outsider(
@@ -87,9 +93,7 @@ def _evaluate_outsider(
         raise ConfigError(f"{folder}: is there already and holds no scores. Choose another place with --output.")
     outsider = open_outsider(place, model_name_or_path, load_in_4bit)
     examples, report = find_rows(outsider, data)
-    if report.problems:
-        say(f"{report.rejected} of {report.rows_in} rows not scored:")
-        terminal.show_problems(report)
+    _show_left_out(report)
     if outsider.trained_on is None:
         say("not known what it was trained on: the rows may not be new to it")
     changes = {"contracts": str(contracts) if contracts else None, "model_name_or_path": outsider.base}

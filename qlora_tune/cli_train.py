@@ -209,12 +209,12 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
         say(f"{report.rejected} rows rejected, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
         terminal.show_problems(report)
     try:
-        return _fit_andscore(run, config, setup, resume, choose)
+        return _fit_and_score(run, config, setup, resume, choose)
     finally:
         run.update_state(pid=None)
 
 
-def _fit_andscore(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
+def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
     from qlora_tune.train import train as fit
 
     with terminal.TrainProgress(resume) as progress:

@@ -25,10 +25,12 @@ class TurnPieces:
     """The text around turns. A conversation that waits for an answer is: the system turn, or `no_system` where there is
     none, then the turns, then `opening`."""
 
-    system: tuple[str, str]
+    before_system: str
+    after_system: str
     no_system: str
     before_user: str
-    assistant: tuple[str, str]
+    before_assistant: str
+    after_assistant: str
     opening: str
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -36,10 +38,12 @@ class TurnPieces:
         turns = list(messages)
         text = self.no_system
         if turns[0]["role"] == "system":
-            text = self.system[0] + turns.pop(0)["content"] + self.system[1]
+            text = self.before_system + turns.pop(0)["content"] + self.after_system
         for turn in turns:
-            before, after = (self.before_user, "") if turn["role"] == "user" else self.assistant
-            text += before + turn["content"] + after
+            if turn["role"] == "user":
+                text += self.before_user + turn["content"]
+            else:
+                text += self.before_assistant + turn["content"] + self.after_assistant
         return text + self.opening
 
 
@@ -60,7 +64,13 @@ def find_pieces(chat: ChatFormat) -> TurnPieces:
     before_user = next(end for end in ends if between[1].endswith(end) and between[3].endswith(end))
     cut = -len(before_user) or None
     return TurnPieces(
-        (between[0], between[1][:cut]), plain[0][:cut], before_user, (between[2], between[3][:cut]), between[4]
+        before_system=between[0],
+        after_system=between[1][:cut],
+        no_system=plain[0][:cut],
+        before_user=before_user,
+        before_assistant=between[2],
+        after_assistant=between[3][:cut],
+        opening=between[4],
     )
 
 
@@ -98,14 +108,7 @@ def read_modelfile(text: str) -> tuple[TurnPieces, list[str]]:
     match = _GO_PATTERN.fullmatch(template[1]) if template else None
     if not match:
         raise ExportError("The Modelfile's template is not the one that was written. It was not kept.")
-    found = {name: piece.replace(_BRACES, "{{") for name, piece in match.groupdict().items()}
-    pieces = TurnPieces(
-        (found["system_0"], found["system_1"]),
-        found["no_system"],
-        found["before_user"],
-        (found["assistant_0"], found["assistant_1"]),
-        found["opening"],
-    )
+    pieces = TurnPieces(**{name: piece.replace(_BRACES, "{{") for name, piece in match.groupdict().items()})
     return pieces, re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)
 
 
@@ -131,25 +134,18 @@ def refuse_other_modelfile(text: str, chat: ChatFormat, rows: Sequence[Example])
 
 
 _BRACES = '{{ "{{" }}'
-# Ollama gives the system text apart, beside all messages; an answer that stands last is one to go on with.
+# Each @name@ is a piece of TurnPieces. Ollama gives the system text apart, beside all messages; an answer that stands
+# last is one to go on with.
 _GO = (
-    "{{ if .System }}@system_0@{{ .System }}@system_1@{{ else }}@no_system@{{ end }}"
+    "{{ if .System }}@before_system@{{ .System }}@after_system@{{ else }}@no_system@{{ end }}"
     "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     '{{ if eq .Role "user" }}@before_user@{{ .Content }}'
-    '{{ else if eq .Role "assistant" }}@assistant_0@{{ .Content }}{{ if not $last }}@assistant_1@{{ end }}{{ end }}'
+    '{{ else if eq .Role "assistant" }}@before_assistant@{{ .Content }}'
+    "{{ if not $last }}@after_assistant@{{ end }}{{ end }}"
     '{{ if and (ne .Role "assistant") $last }}@opening@{{ end }}{{ end }}'
 )
 _GO_PATTERN = re.compile(re.sub(r"@(\w+)@", r"(?P<\1>.*?)", re.escape(_GO)), re.DOTALL)
 
 
 def _to_go(pieces: TurnPieces) -> str:
-    texts = {
-        "system_0": pieces.system[0],
-        "system_1": pieces.system[1],
-        "no_system": pieces.no_system,
-        "before_user": pieces.before_user,
-        "assistant_0": pieces.assistant[0],
-        "assistant_1": pieces.assistant[1],
-        "opening": pieces.opening,
-    }
-    return re.sub(r"@(\w+)@", lambda match: texts[match[1]].replace("{{", _BRACES), _GO)
+    return re.sub(r"@(\w+)@", lambda match: str(getattr(pieces, match[1])).replace("{{", _BRACES), _GO)

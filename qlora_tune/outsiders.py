@@ -9,13 +9,13 @@ from typing import Any
 
 from qlora_tune import model as models
 from qlora_tune.base import find_base
-from qlora_tune.chat_format import ChatFormat, tokenize_examples
+from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.data import DataReport, find_data
 from qlora_tune.errors import DataError, ModelError, join_problems
 from qlora_tune.export import open_adapter
 from qlora_tune.model import Quantization
-from qlora_tune.prepare import load_others
+from qlora_tune.prepare import leave_out_long, load_others
 from qlora_tune.recipe import RECIPE, read_recipe
 from qlora_tune.runs import hash_file
 from qlora_tune.shapes import Example
@@ -66,10 +66,8 @@ def find_rows(outsider: Outsider, files: Sequence[str]) -> tuple[list[Example], 
     if seen:
         raise DataError(f"{', '.join(seen)}: it was trained on this file, so scores on it prove nothing. Name others.")
     examples, report = load_others(TrainConfig(), names)
-    sequences, problems = tokenize_examples(outsider.chat, examples, outsider.context)
+    kept, problems = leave_out_long(outsider.chat, examples, outsider.context)
     report.problems += problems
-    whole = {sequence.source for sequence in sequences}
-    kept = [example for example in examples if example.source in whole]
     if not kept:
         raise DataError(join_problems("No row of these files is left to score.", [str(p) for p in report.problems]))
     return kept, report

@@ -174,16 +174,14 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
         report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
-    unseen, unseen_problems = tokenize_examples(chat, unseen_examples, config.max_length)
+    unseen_examples, unseen_problems = leave_out_long(chat, unseen_examples, config.max_length)
     report.problems += train_problems + heldout_problems + unseen_problems
     if not train:
         reasons = [str(problem) for problem in report.problems]
         raise DataError(join_problems("No row is left to train on.", reasons))
-    whole = {sequence.source for sequence in (*heldout, *unseen)}
-    kept, kept_unseen = (
-        [example for example in found if example.source in whole] for found in (heldout_examples, unseen_examples)
-    )
-    return PreparedData(train, heldout, kept, report, kept_unseen)
+    whole = {sequence.source for sequence in heldout}
+    kept = [example for example in heldout_examples if example.source in whole]
+    return PreparedData(train, heldout, kept, report, unseen_examples)
 
 
 def count_tokens(chat: ChatFormat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
@@ -262,9 +260,17 @@ def leave_out_seen(
         trained_on = load_files(config, training, rows.label_files([*files, *training]))[0] if training else []
         trained_on += [pair.to_example() for pair in read_kept_pairs(run.path)[0]]
         clean, leaks = rows.drop_seen([e for e in trained_on if rows.duplicate_key(e) not in heldout], examples)
-    sequences, too_long = tokenize_examples(chat, clean, config.max_length)
+    kept, too_long = leave_out_long(chat, clean, config.max_length)
+    return kept, leaks + too_long
+
+
+def leave_out_long(
+    chat: ChatFormat, examples: Sequence[Example], max_length: int
+) -> tuple[list[Example], list[DataProblem]]:
+    """Leave out examples that the template can't write within max_length [tokens], and say which."""
+    sequences, problems = tokenize_examples(chat, examples, max_length)
     whole = {sequence.source for sequence in sequences}
-    return [example for example in clean if example.source in whole], leaks + too_long
+    return [example for example in examples if example.source in whole], problems
 
 
 def _refuse_changed(run: Run, files: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from qlora_tune.export import Trained, open_adapter
 from qlora_tune.generate import ANSWER_SHARE, answer_prompts
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.prepare import leave_out_seen, load_others
-from qlora_tune.runs import Run
+from qlora_tune.runs import Run, hash_file
 from qlora_tune.shapes import Example
 from qlora_tune.votes import NONE, TIE
 
@@ -182,16 +181,11 @@ def _open(name: str, runs_dir: str, model_name_or_path: str | None, scratch: Pat
         file, mark, who = name, "", ""
     if file.endswith(".jsonl"):
         recorded = read_answers(Path(file), who)
-        return str(Path(file).resolve()), Answerer(mark + who, _hash(Path(file)) + mark + who, recorded=recorded)
+        return str(Path(file).resolve()), Answerer(mark + who, hash_file(Path(file)) + mark + who, recorded=recorded)
     adapter, run = find_adapter(Path(name), runs_dir, scratch)
     place = str(run.path.resolve()) if run else name
     trained = open_adapter(adapter, model_name_or_path)
-    return place, Answerer("", _hash(adapter / "adapter_model.safetensors"), trained, run)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return place, Answerer("", hash_file(adapter / "adapter_model.safetensors"), trained, run)
 
 
 def _refuse_other_base(*pair: tuple[str, Trained]) -> None:

@@ -110,11 +110,11 @@ def test_gos_template_engine_renders_the_same(tmp_path: Path) -> None:
 
 
 def test_braces_and_quotes_of_a_template_survive_or_are_refused() -> None:
-    pieces = TurnPieces(("{{a", "b}}"), "", "{{{", ("@x@", "\n"), '"')
+    pieces = TurnPieces("{{a", "b}}", "", "{{{", "@x@", "\n", '"')
     assert read_modelfile(write_modelfile(pieces, ["</s>"], "a.gguf", "b", None)) == (pieces, ["</s>"])
     for stops, opening in (['a"b'], ""), (["a\nb"], ""), ([], '"""'):
         with pytest.raises(ExportError, match="can't hold"):
-            write_modelfile(TurnPieces(("", ""), "", "", ("", ""), opening), stops, "a.gguf", "b", None)
+            write_modelfile(TurnPieces("", "", "", "", "", "", opening), stops, "a.gguf", "b", None)
 
 
 def test_another_modelfile_is_refused() -> None:
