@@ -30,7 +30,7 @@ from qlora_tune.cli_train import (
     train_settings,
 )
 from qlora_tune.config import BUILTIN, list_presets, resolve_config, shipped_path
-from qlora_tune.errors import ConfigError, DataError, TuneError, join_problems
+from qlora_tune.errors import ConfigError, DataError, ModelError, TuneError, join_problems
 from qlora_tune.flags import AnySettings, suggest_command, with_dashes
 from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
@@ -208,6 +208,20 @@ def export(
         say("its data files are gone or have changed: it was searched for texts of the held-out rows alone")
     if push_to_hub:
         push(target, push_to_hub, private, token)
+
+
+@app.command
+def doctor(*, runs_dir: RunsDir = "runs") -> None:
+    """Try everything that training needs on this machine, and say what is wrong and what to do."""
+    from qlora_tune.doctor import examine
+
+    fatal = []
+    for finding in examine(runs_dir):
+        terminal.show_finding(finding.what, finding.found, finding.advice, finding.fatal)
+        fatal += [f"{finding.what}: {finding.found}"] if finding.fatal else []
+    if fatal:
+        raise ModelError(join_problems("Training can't work on this machine:", fatal))
+    say("training can work on this machine")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -201,6 +201,14 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
+def show_finding(what: str, found: str, advice: str, fatal: bool) -> None:
+    """Print a line of what was examined, and under it what to do."""
+    colour = "red" if fatal else "yellow" if advice else "green"
+    console.print(f"[{colour}]{escape(what):<14}[/] {escape(printable(found))}", soft_wrap=True)
+    if advice:
+        console.print(f"{'':<14} {escape(printable(advice))}", soft_wrap=True)
+
+
 def _all_measures(total: TaskScore) -> Table:
     heads = ("measure", *SCORE_HEADS[2:])
     table = Table(

@@ -86,6 +86,7 @@ ORDER = [
     "terminal_report",
     "flags",
     "plan",
+    "doctor",
     "page_parts",
     "report",
     "page_guard",
@@ -142,7 +143,7 @@ def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
         "trl": {"trainer"},
         "peft": {"model", "layers", "trainer", "export"},
-        "bitsandbytes": {"layers"},
+        "bitsandbytes": {"layers", "doctor"},
         "gradio": set(),
     }
     for library, places in allowed.items():

@@ -11,7 +11,7 @@ from conftest import settings
 
 from qlora_tune import export as exports
 from qlora_tune.errors import ExportError
-from qlora_tune.export import export_adapter, merge_adapter, open_adapter
+from qlora_tune.export import export_adapter, export_gguf, merge_adapter, open_adapter
 from qlora_tune.leaks import Private, find_private, has_its_data, refuse_private
 from qlora_tune.prepare import prepare
 from qlora_tune.runs import Run, new_run
@@ -164,8 +164,9 @@ def test_no_row_is_in_anything_that_is_exported(secretive: Run, tmp_path: Path) 
     merge_adapter(trained, secretive, tmp_path / "merged")
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
         leaving = [archive.read(name) for name in archive.namelist()]
-    leaving += [path.read_bytes() for path in (tmp_path / "merged").iterdir()]
-    assert len(leaving) > 15
+    export_gguf(trained, secretive, tmp_path / "gguf")
+    leaving += [path.read_bytes() for folder in ("merged", "gguf") for path in (tmp_path / folder).iterdir()]
+    assert len(leaving) > 19
     assert not [content for content in leaving if b"CANARY" in content or b"secret text" in content]
 
 
@@ -180,6 +181,8 @@ def test_a_card_that_quotes_a_row_keeps_the_export_from_leaving(secretive: Run, 
             export_adapter(trained, secretive, tmp_path / "x.zip")
         with pytest.raises(ExportError, match="a text of the run's own data"):
             merge_adapter(trained, secretive, tmp_path / "merged")
+        with pytest.raises(ExportError, match="a text of the run's own data"):
+            export_gguf(trained, secretive, tmp_path / "gguf")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -68,7 +68,7 @@ def helps() -> str:
             text=True,
             cwd=ROOT,
             env={**os.environ, "COLUMNS": "200"},
-            timeout=60,
+            timeout=240,
         ).stdout
         for command in (["app.py"], *(["-m", "qlora_tune", name] for name in names))
     )
@@ -119,6 +119,17 @@ def test_the_table_of_settings_is_the_declaration() -> None:
 def test_links_in_the_readme_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_every_failure_mode_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (?!what |-)(.*) \|$", (ROOT / "docs" / "failure-modes.md").read_text(), re.M)
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 30
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.rpartition("|")[2])
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in tests, name
 
 
 def test_no_file_names_this_machine() -> None:
