@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
 from qlora_tune.cli import app
 
@@ -58,20 +60,20 @@ def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def helps() -> str:
-    """What the page and every command but the simplest say of their flags."""
-    names = ("train", "prefer", "votes", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
-    names += ("compare", "reproduce", "evaluate")
-    return "".join(
-        subprocess.run(
-            [sys.executable, *command, "--help"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "COLUMNS": "200"},
-            timeout=240,
-        ).stdout
-        for command in (["app.py"], *(["-m", "qlora_tune", name] for name in names))
+    """What the page and every command say of their flags."""
+    words = io.StringIO()
+    for name in app:
+        if not name.startswith("-"):
+            app.help_print([name], console=Console(file=words, width=200))
+    page = subprocess.run(
+        [sys.executable, "app.py", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+        timeout=240,
     )
+    return words.getvalue() + page.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md"])

@@ -271,7 +271,10 @@ def test_a_full_device_says_what_to_change(tmp_path: Path) -> None:
     assert run.read_state()["status"] == "failed"
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_dropout": "0.1", "fast": "false"}], ids=str)
+PLAIN = pytest.param({"lora_dropout": "0.1", "fast": "false"}, marks=pytest.mark.reliability)
+
+
+@pytest.mark.parametrize("changes", [{}, PLAIN], ids=str)
 def test_a_run_that_was_terminated_and_resumed_ends_with_the_same_losses(
     tmp_path: Path, changes: dict[str, str]
 ) -> None:
