@@ -112,9 +112,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signal(on_stop: Callable[[], None]) -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a wish to stop after the step; the third one raises KeyboardInterrupt.
+    """Turn SIGINT, SIGTERM and SIGHUP into a wish to stop after the step; the third one raises KeyboardInterrupt.
 
-    Not the second: people press Ctrl-C twice, and the checkpoint being written is what they want to keep.
+    Not the second: people press Ctrl-C twice, and the checkpoint being written is what they want to keep. SIGHUP comes
+    when the terminal is closed, and stays ignored under nohup.
     """
     stop = Stop()
     asked = 0
@@ -129,7 +130,10 @@ def stop_on_signal(on_stop: Callable[[], None]) -> Iterator[Stop]:
             raise KeyboardInterrupt
 
     try:
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        old = {number: signal.signal(number, ask) for number in numbers}
     except ValueError:  # not the main thread: whoever runs it decides about signals
         old = {}
     try:

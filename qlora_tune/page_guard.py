@@ -11,6 +11,7 @@ import base64
 import hashlib
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from getpass import getpass
 from typing import Any
@@ -27,6 +28,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 16 << 20  # of anything but an upload
 SHORTEST_PASSWORD = 8
 UPLOAD_PATH = "/gradio_api/upload"
+LOGIN_PATH = "/login"
+FREE_GUESSES = 4  # people mistype; a program is slowed down to a hundred guesses a day
+LONGEST_WAIT_S = 900
 _HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\[\]]+)(?::\d+)?")
 _INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.S)
 _POLICY = (
@@ -63,11 +67,43 @@ def ask_password(user: str, public: bool) -> tuple[str, str] | None:
     return user, password
 
 
+class Guesses:
+    """Wrong passwords in a row, whoever sent them: through a tunnel all visitors have one address.
+
+    Each beyond the free ones locks the login, for everybody who isn't in yet, twice as long as the one before.
+    """
+
+    def __init__(self) -> None:
+        self._wrong, self._locked_until = 0, 0.0
+
+    def begin(self) -> tuple[int, str] | None:
+        """Take a guess for wrong until it proves right, so that many at once gain nothing; refuse while locked."""
+        left = self._locked_until - time.monotonic()
+        if left > 0:
+            return 429, f"Too many wrong passwords. The login opens again in {left:.0f} seconds."
+        self._wrong += 1
+        if self._wrong > FREE_GUESSES:
+            wait = min(2.0 ** min(self._wrong - FREE_GUESSES, 30), LONGEST_WAIT_S)
+            self._locked_until = time.monotonic() + wait
+        return None
+
+    def watch(self, send: Send) -> Send:
+        """Forget the wrong guesses once one was answered as right."""
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                self._wrong, self._locked_until = 0, 0.0
+            await send(message)
+
+        return watched
+
+
 class Guard:
     """ASGI middleware. `hosts` are the names that the server answers to; None for any, where a password is asked."""
 
     def __init__(self, app: Asgi, hosts: Collection[str] | None, max_upload_bytes: int) -> None:
         self._app, self._hosts, self._max_upload = app, hosts, max_upload_bytes
+        self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # the page has none, and they would pass the checks below
@@ -78,10 +114,12 @@ class Guard:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         limit = self._max_upload if scope["path"] == UPLOAD_PATH else MAX_BODY_BYTES
-        reason = self._refuse(headers) or _refuse_length(headers, limit)
+        guesses = scope["method"] == "POST" and scope["path"].rstrip("/") == LOGIN_PATH
+        reason = self._refuse(headers) or _refuse_length(headers, limit) or (self._guesses.begin() if guesses else None)
         if reason:
             await _answer(send, *reason)
             return
+        send = self._guesses.watch(send) if guesses else send
         await self._app(scope, _limited(receive, limit), _with_policy(send))
 
     def _refuse(self, headers: MutableMapping[bytes, str]) -> tuple[int, str] | None:

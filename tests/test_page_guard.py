@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,10 +18,11 @@ from starlette.routing import Route
 
 from qlora_tune import page_guard
 from qlora_tune.errors import ConfigError
-from qlora_tune.page_guard import LOOPBACK, MAX_BODY_BYTES, UPLOAD_PATH, Guard, app_options, ask_password
+from qlora_tune.page_guard import FREE_GUESSES, LOOPBACK, MAX_BODY_BYTES, UPLOAD_PATH, Guard, app_options, ask_password
 
 UPLOAD_BYTES = 4 * MAX_BODY_BYTES
 HERE = "http://127.0.0.1:7860"
+RIGHT = "correct horse"
 INLINE = "window.config = {a: 1 < 2};\nstart()"
 PAGE = f"""<!doctype html><html><head><script>{INLINE}</script>
 <script type="module" src="/assets/index.js"></script><script  type="module">second()</script></head>
@@ -270,3 +272,54 @@ def test_a_password_that_is_not_set_is_typed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("QLORA_TUNE_PASSWORD", raising=False)
     monkeypatch.setattr(page_guard, "getpass", lambda prompt: "typed in secret")
     assert ask_password("me", public=True) == ("me", "typed in secret")
+
+
+def log_in(guesses: list[tuple[float, str]], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Guess at a real page with a password, each time so many seconds after the guess before."""
+    import gradio as gr
+
+    with gr.Blocks() as page:
+        gr.Markdown("secret")
+    app = gr.routes.App.create_app(page, app_kwargs=app_options(True, UPLOAD_BYTES))
+    app.auth = {"me": RIGHT}
+    now = 0.0
+    monkeypatch.setattr(page_guard, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def send() -> list[int]:
+        nonlocal now
+        answers = []
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HERE) as client:
+            for wait, password in guesses:
+                now += wait
+                answers.append(await client.post("/login", data={"username": "me", "password": password}))
+        return [answer.status_code for answer in answers]
+
+    return asyncio.run(send())
+
+
+def test_after_some_wrong_passwords_even_the_right_one_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [(0.0, "no")] * FREE_GUESSES
+    assert log_in([*wrong, (0, RIGHT)], monkeypatch) == [400] * FREE_GUESSES + [200]
+    answers = log_in([*wrong, (0, "no"), (0, RIGHT), (1.9, RIGHT), (0.2, RIGHT), (0, "no")], monkeypatch)
+    assert answers[FREE_GUESSES:] == [400, 429, 429, 200, 400]
+
+
+def test_a_program_that_guesses_for_a_day_gets_a_hundred_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = log_in([(60.0, str(number)) for number in range(24 * 60)], monkeypatch)
+    assert 90 < answers.count(400) < 115
+    assert set(answers) == {400, 429}
+
+
+def test_many_guesses_at_once_gain_nothing() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.01)
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send() -> list[int]:
+        transport = httpx.ASGITransport(Guard(slow, None, 1000))
+        async with httpx.AsyncClient(transport=transport, base_url=HERE) as client:
+            answers = await asyncio.gather(*(client.post("/login") for _ in range(50)))
+        return [answer.status_code for answer in answers]
+
+    assert asyncio.run(send()).count(400) == FREE_GUESSES + 1
