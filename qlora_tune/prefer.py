@@ -27,6 +27,7 @@ from qlora_tune.lifecycle import (
     find_checkpoint,
     leave_training,
     recorder,
+    run_trainer,
     save_adapter,
     stop_on_signal,
 )
@@ -272,7 +273,7 @@ def _train_adapter(
         stack.enter_context(uncast_inputs(model, active=not config.use_dora))
         stop = stack.enter_context(stop_on_signal(on_stop))
         trainer.add_callback(recorder(run, trained.device, on_metrics, stop, has_heldout=bool(heldout)))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        run_trainer(trainer, checkpoint)
     leave_training(trainer, model)
     state = trainer.state
     run.update_state(
