@@ -39,6 +39,7 @@ ORDER = [
     "contracts",
     "clusters",
     "unseen",
+    "endpoint",
     "self_instruct",
     "tool_text",
     "chat_format",
