@@ -219,4 +219,4 @@ def _show_pool(path: Path, pool: Pool) -> None:
     # Reasons that differ in figures or what stands behind a colon are one.
     reasons = Counter(re.sub(r"\d[\d.]*", "…", refused.reason.partition(":")[0]) for refused in pool.dropped)
     for reason, count in reasons.most_common():
-        say(f"  dropped {count}: {reason}")
+        say(f"  dropped {count}: {reason.replace('… with', 'too high with another instruction')}")
