@@ -189,7 +189,8 @@ def _ask_for_pairs(
     seed: int,
 ) -> None:
     from qlora_tune.data import load_examples
-    from qlora_tune.self_instruct import Endpoint, generate_pairs
+    from qlora_tune.endpoint import Endpoint
+    from qlora_tune.self_instruct import generate_pairs
 
     shown = load_examples([seeds])[0] if seeds else []
     with terminal.scoring_progress() as progress:

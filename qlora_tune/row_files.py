@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from qlora_tune.errors import ConfigError, DataError
 from qlora_tune.shapes import Example
@@ -58,6 +59,28 @@ def open_unfinished(path: Path) -> Iterator[IO[str]]:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], is_whole: Callable[[bytes], bool]) -> None:
+    """Put rows behind those of a file, on the disk before this returns: a kill costs those being written at most.
+
+    A last line without its end is what such a kill left, and taken out, unless it `is_whole`.
+    """
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two terminals may write into one file
+        _end_last_line(file, is_whole)
+        file.write("".join(map(to_line, rows)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_last_line(file: BinaryIO, is_whole: Callable[[bytes], bool]) -> None:
+    file.seek(0)
+    before, end, last = file.read().rpartition(b"\n")
+    if is_whole(last):
+        file.write(b"\n")
+    elif last:
+        file.truncate(len(before + end))
 
 
 def _without_nan(value: Any) -> Any:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import json
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_tune.documents import MAX_DOCUMENT_CHARS, Passage, read_documents
-from qlora_tune.errors import ConfigError, DataError, join_problems
+from qlora_tune.endpoint import Endpoint, ask, check_endpoint, connect, read_content
+from qlora_tune.errors import ConfigError, DataError
 from qlora_tune.row_files import to_row, write_rows
 from qlora_tune.scores import measure_rouge_l, split_words
 from qlora_tune.shapes import Example
@@ -40,29 +39,15 @@ Text:
 {text}"""
 PAIRS_PER_REQUEST = 4
 EXAMPLES_PER_REQUEST = 5
-RETRIES = 3
-MAX_PAUSE_SECONDS = 60.0
 FRUITLESS_REQUESTS = 5  # at least so many in a row without a kept pair end the work
+_OPENING = re.compile(r"[\[{]")
+NO_PAIR = "no pair of instruction and output as text"
+SURPLUS = "more than were wanted"
 # Tasks that text alone can't solve; the list is Self-Instruct's own.
 FORBIDDEN = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
     *("go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible endpoint: its address up to, without, /chat/completions.
-
-    The key is read from the environment variable that is named, and is in no row, message or file. Without TLS only
-    this machine is spoken to, unless allow_insecure.
-    """
-
-    url: str
-    model: str
-    api_key_env: str = ""
-    timeout_seconds: float = 120.0
-    allow_insecure: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +114,7 @@ def generate_pairs(
     Raises ConfigError where the endpoint refuses or the partial file is another call's, DataError where it stays away.
     """
     filters = filters or Filters()
-    key = _check_endpoint(endpoint)
+    key = check_endpoint(endpoint)
     if out.exists():
         raise ConfigError(f"{out}: exists already. Name another file, or move this one away.")
     passages = [p for document in read_documents(paths, max_document_chars) for p in document.passages]
@@ -140,11 +125,11 @@ def generate_pairs(
     call = _fingerprint(endpoint, filters, seed, known, passages)
     report, fruitless = _resume(partial, call)
     order = random.Random(seed).sample(passages, len(passages))
-    with _connect(endpoint, key) as client:
+    with connect(endpoint, key) as client:
         while len(report.kept) < wanted and fruitless < max(len(order), FRUITLESS_REQUESTS):
             passage = order[report.requests % len(order)]
             prompt = _to_prompt(passage, known, report, min(PAIRS_PER_REQUEST, wanted - len(report.kept)), seed)
-            answer = _ask(client, endpoint, key, prompt, f"{len(report.kept)} pairs stand in {partial}.")
+            answer = ask(client, endpoint, key, prompt, f"{len(report.kept)} pairs stand in {partial}.")
             kept, refused = _judge(answer, passage.source, known, report.kept, filters, wanted)
             _append(partial, {"kept": kept, "refused": refused})
             _count(report, kept, refused)
@@ -185,86 +170,6 @@ def _first_instruction(example: Example) -> str:
     return next(turn["content"] for turn in example.messages if turn["role"] == "user").split("\n\n")[0]
 
 
-def _check_endpoint(endpoint: Endpoint) -> str:
-    """Return the key ("" for none). Raises ConfigError naming all that is wrong, never the key or the whole address."""
-    import httpx
-
-    try:
-        url = httpx.URL(endpoint.url)
-    except httpx.InvalidURL:
-        raise ConfigError("The endpoint's address is not valid. Expected https://HOST/v1 or the like.") from None
-    problems = []
-    if url.scheme not in ("http", "https") or not url.host:
-        problems.append("its address must begin with https://HOST (http:// for this machine)")
-    elif url.scheme == "http" and not endpoint.allow_insecure and not _is_loopback(url.host):
-        problems.append(f"http:// to {url.host} would send texts and key readable by others: use https://")
-    if url.userinfo or url.query or url.fragment:
-        problems.append("its address holds a login, a query or a fragment: put the key into an environment variable")
-    key = os.environ.get(endpoint.api_key_env, "").strip() if endpoint.api_key_env else ""
-    if endpoint.api_key_env and not key:
-        problems.append(f"the environment variable {endpoint.api_key_env} is not set: set it to the endpoint's key")
-    if not (key.isascii() and key.isprintable()):
-        problems.append(f"{endpoint.api_key_env} holds characters that no key has")
-    if problems:
-        raise ConfigError(join_problems("The endpoint can't be used:", problems))
-    return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _connect(endpoint: Endpoint, key: str) -> Any:
-    import httpx
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    # Without trust_env: neither a proxy nor a .netrc login from the environment comes between.
-    return httpx.Client(headers=headers, timeout=endpoint.timeout_seconds, follow_redirects=False, trust_env=False)
-
-
-def _ask(client: Any, endpoint: Endpoint, key: str, prompt: str, standing: str) -> str:
-    """Post one request, again after a pause where that may help; returns the body of the answer."""
-    import httpx
-
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": prompt}]}
-    host = httpx.URL(endpoint.url).host
-    found = ""
-    for attempt in range(RETRIES + 1):
-        wait = 2.0**attempt
-        try:
-            response = client.post(endpoint.url.rstrip("/") + "/chat/completions", json=body)
-        except httpx.RequestError as error:
-            found = type(error).__name__
-        else:
-            if response.is_success:
-                return str(response.text)
-            found = f"status {response.status_code}"
-            if response.status_code != 429 and response.status_code < 500:
-                raise ConfigError(_explain_status(response, host, key))
-            wait = _read_pause(response.headers.get("retry-after", ""), wait)
-        if attempt < RETRIES:
-            time.sleep(wait)
-    raise DataError(
-        f"{host}: no answer in {RETRIES + 1} attempts ({found}). {standing} The same command goes on there."
-    )
-
-
-def _explain_status(response: Any, host: str, key: str) -> str:
-    if response.has_redirect_location:
-        target = response.next_request.url.host if response.next_request else "another address"
-        return f"{host}: redirects to {target}, which is not followed. Name the endpoint's final address."
-    said = response.text.replace(key, "***") if key else response.text
-    said = re.sub(r"\s+", " ", said)[:200]
-    return f"{host}: refused with status {response.status_code}: {said}. Check address, model and key."
-
-
-def _read_pause(retry_after: str, otherwise: float) -> float:
-    return min(float(retry_after), MAX_PAUSE_SECONDS) if retry_after.isdecimal() else otherwise
-
-
 def _to_prompt(passage: Passage, known: Sequence[str], report: GenerationReport, count: int, seed: int) -> str:
     pool = [*known, *(proposal.instruction for proposal in report.kept)]
     # From seed and number, so that a call that goes on asks as one that was never interrupted.
@@ -279,50 +184,58 @@ def _judge(
 ) -> tuple[list[Proposal], list[Refused]]:
     kept: list[Proposal] = []
     refused: list[Refused] = []
-    for item in _read_proposals(body):
-        proposal = _to_proposal(item, source)
-        text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-        as_it_came = text.encode(errors="backslashreplace").decode()  # half characters can't be written
+    content = read_content(body)
+    for item in [body] if content is None else read_proposals(content):
+        proposal = to_proposal(item, source)
         if proposal is None:
-            refused.append(Refused(source, "no pair of instruction and output as text", as_it_came))
+            refused.append(Refused(source, NO_PAIR, as_it_came(item)))
             continue
         others = [*known, *(other.instruction for other in (*before, *kept))]
         reason = refuse_proposal(proposal, others, filters)
         if reason is None and len(before) + len(kept) >= wanted:
-            reason = "more than were wanted"
+            reason = SURPLUS
         if reason:
-            refused.append(Refused(source, reason, as_it_came))
+            refused.append(Refused(source, reason, as_it_came(item)))
         else:
             kept.append(proposal)
     return kept, refused
 
 
-def _read_proposals(body: str) -> list[Any]:
-    """The proposals in an answer's body, however they are wrapped; the text itself where none can be found."""
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return [body]
-    if not isinstance(content, str):
-        return [body]
-    text = content.rpartition("</think>")[2]
-    for start in (match.start() for match in re.finditer(r"[\[{]", text)):
+def read_proposals(text: str) -> list[Any]:
+    """The proposals in what a model said, however they are wrapped: a list, "pairs", or one object after another.
+
+    What is left stands behind them as it is, where nothing was found or an object in it is no JSON.
+    """
+    text = text.rpartition("</think>")[2]
+    found: list[Any] = []
+    rest, at = "", 0
+    while start := _OPENING.search(text, at):
+        opening = start.start()
+        rest += text[at:opening]
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, start)
+            value, at = json.JSONDecoder(strict=False).raw_decode(text, opening)
         except (ValueError, RecursionError):
+            rest, at = rest + text[opening], opening + 1
             continue
-        found = value.get("pairs") if isinstance(value, dict) else value
-        if isinstance(found, list) and found:
-            return found
-    return [content]
+        inner = value.get("pairs", value) if isinstance(value, dict) else value
+        found += inner if isinstance(inner, list) else [inner]
+    rest += text[at:]
+    return [*found, rest.strip()] if "{" in rest or not found else found
 
 
-def _to_proposal(item: Any, source: str) -> Proposal | None:
+def to_proposal(item: Any, source: str) -> Proposal | None:
+    """A pair as it was proposed; None where instruction or output are missing or no text."""
     if not isinstance(item, dict):
         return None
     values = (item.get("instruction"), item.get("input") or "", item.get("output"))
     texts = [value.strip() for value in values if isinstance(value, str)]
     return Proposal(source, *texts) if len(texts) == len(values) else None
+
+
+def as_it_came(item: Any) -> str:
+    """A proposal as text for the record; half characters, which can't be written, as escapes."""
+    text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _fingerprint(

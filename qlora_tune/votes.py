@@ -5,19 +5,17 @@ A vote names its answerers and holds their answers, so that preferences can be t
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, BinaryIO
+from typing import Any
 
 from qlora_tune.errors import DataError
 from qlora_tune.json_stream import decode_line
-from qlora_tune.row_files import to_line, to_turn
+from qlora_tune.row_files import append_rows, to_turn
 from qlora_tune.scores import Interval
 from qlora_tune.turns import Message, RowError, read_tools, read_turns, type_name
 
@@ -90,13 +88,7 @@ def append_vote(path: Path, vote: Vote) -> None:
 
     What such a kill left of a line is taken out.
     """
-    line = to_line({**asdict(vote), "prompt": [to_turn(turn) for turn in vote.prompt]}).encode()
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # two terminals may vote into one file
-        _end_last_line(file)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    append_rows(path, [{**asdict(vote), "prompt": [to_turn(turn) for turn in vote.prompt]}], _is_vote)
 
 
 def read_votes(path: Path) -> list[Vote]:
@@ -141,16 +133,6 @@ def wilson_interval(wins: int, decided: int) -> Interval:
     middle = (share + weight / 2) / (1 + weight)
     reach = z / (1 + weight) * (share * (1 - share) / decided + weight / (4 * decided)) ** 0.5
     return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
-
-
-def _end_last_line(file: BinaryIO) -> None:
-    """Let a file end with a whole line: one that lacks its end gets it, one that is torn goes."""
-    file.seek(0)
-    before, end, last = file.read().rpartition(b"\n")
-    if _is_vote(last):
-        file.write(b"\n")
-    elif last:
-        file.truncate(len(before + end))
 
 
 def _is_vote(line: bytes) -> bool:

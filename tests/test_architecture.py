@@ -39,6 +39,7 @@ ORDER = [
     "contracts",
     "clusters",
     "unseen",
+    "endpoint",
     "self_instruct",
     "tool_text",
     "chat_format",
@@ -82,6 +83,7 @@ ORDER = [
     "chat",
     "side_by_side",
     "outsiders",
+    "grow",
     "terminal",
     "terminal_report",
     "flags",
@@ -90,11 +92,13 @@ ORDER = [
     "page_parts",
     "report",
     "page_guard",
+    "page_review",
     "cli_data",
     "cli_train",
     "cli_evaluate",
     "cli_prefer",
     "cli_compare",
+    "cli_grow",
     "reproduce",
     "cli_share",
     "cli",
@@ -144,7 +148,7 @@ def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
         "trl": {"trainer"},
         "peft": {"model", "layers", "trainer", "export"},
         "bitsandbytes": {"layers", "doctor"},
-        "gradio": set(),
+        "gradio": {"page_review"},
     }
     for library, places in allowed.items():
         if library in {name.split(".")[0] for name in imports(path)}:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import Reply, Server, say, serve_chat
 
 from qlora_tune.data import load_examples
+from qlora_tune.endpoint import Endpoint
 from qlora_tune.errors import ConfigError, DataError
 from qlora_tune.self_instruct import (
-    Endpoint,
     Filters,
     GenerationReport,
     Proposal,
@@ -26,54 +25,18 @@ from qlora_tune.self_instruct import (
 from qlora_tune.shapes import Example
 
 KEY = "sk-very-secret-0123"
-Reply = tuple[int, str, dict[str, str]]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers with what `replies` says about each request, and remembers the requests."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.reply: Callable[[int], Reply] = lambda number: (500, "", {})
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append({"path": self.path, "key": self.headers["authorization"], **body})
-        status, text, headers = self.server.reply(len(self.server.requests) - 1)
-        content = text.encode()
-        self.send_response(status)
-        for name, value in {**headers, "content-length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve_chat() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
-    monkeypatch.setattr("qlora_tune.self_instruct.time.sleep", waited.append)
+    monkeypatch.setattr("qlora_tune.endpoint.time.sleep", waited.append)
     return waited
 
 
@@ -82,10 +45,6 @@ def notes(tmp_path: Path) -> Path:
     path = tmp_path / "notes.txt"
     path.write_text("Tea\n\nBoil {water} for tea.\n\n" + "\n\n".join(f"Fact number {n} about tea." for n in range(40)))
     return path
-
-
-def say(content: str) -> Reply:
-    return 200, json.dumps({"choices": [{"message": {"content": content}}]}), {}
 
 
 def propose(*pairs: tuple[str, str]) -> Reply:
