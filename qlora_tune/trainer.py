@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from qlora_tune import model as models
+from qlora_tune import processes
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.fast import FastModel, split_batch
@@ -35,6 +36,8 @@ def to_sft_config(
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         told |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
         told |= {"gradient_accumulation_steps": 1, "dataloader_pin_memory": False}
+    else:
+        told["gradient_accumulation_steps"] = processes.deal_micro_batches(config.gradient_accumulation_steps)
     return SFTConfig(
         **told,
         packing=False,
@@ -81,6 +84,8 @@ def _arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would show a loss that is not a number as 0.0
         "dataloader_pin_memory": on_cuda,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -115,17 +120,25 @@ def build_trainer(
             if fast is None:
                 return super().training_step(model, inputs, *rest, **named)
             model.train()
-            batches = inputs["micro_batches"]
-            learned = max(1, sum(len(batch.targets) for batch in batches))
             total = torch.zeros((), device=self.args.device)
-            for batch in batches:
-                loss = fast.loss_sum(batch) / learned
+            for batch in inputs["micro_batches"]:
+                loss = fast.loss_sum(batch) / max(1, inputs["learned"])
                 self.accelerator.backward(loss)
                 total += loss.detach()
                 del loss  # what recomputing began with would stay beside the next micro-batch's
-            self._total_train_tokens += sum(batch.tokens for batch in batches)
+            processes.sum_gradients(model)
+            self._total_train_tokens += inputs["tokens"]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return total
+            return processes.sum_up(total)
+
+        def _get_dataloader(self, *args: Any, is_training: bool = False, **named: Any) -> Any:
+            """Whole batches in every process where the fast path deals their rows, and of held-out rows."""
+            loader = super()._get_dataloader(*args, is_training=is_training, **named)
+            if processes.count() > 1 and (fast is not None or not is_training):
+                # As Transformers itself makes accelerate's sharding pass batches on.
+                sharding = loader.batch_sampler
+                sharding.num_processes, sharding.process_index, sharding.even_batches = 1, 0, False
+            return loader
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             with models.only_learned(self.model, inputs) as fewer:
@@ -135,6 +148,9 @@ def build_trainer(
             self.model.eval()
             sums = [self._loss_sum(inputs) for inputs in self.get_eval_dataloader()]
             total, tokens = (sum(column) for column in zip(*sums, strict=True))
+            if fast is not None:
+                both = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
+                total, tokens = processes.sum_up(both).tolist()
             metrics = {f"{metric_key_prefix}_loss": float(total / max(tokens, 1))}
             self.log(metrics)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -248,7 +264,16 @@ def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
 
 
 def _collate(max_tokens: int, on_cpu: bool, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    return {"micro_batches": split_batch(rows, max_tokens, on_cpu)}
+    """An effective batch: this process's rows as micro-batches, with the tokens and the learned tokens of all rows.
+
+    Rows are dealt by length, so that each process has about as many tokens to go through.
+    """
+    dealt = sorted(rows, key=lambda row: -len(row["input_ids"]))[processes.index() :: processes.count()]
+    return {
+        "micro_batches": split_batch(dealt, max_tokens, on_cpu),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "learned": sum(len(row["labels"]) - 1 - row["labels"][1:].count(IGNORED) for row in rows),
+    }
 
 
 def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:

@@ -45,6 +45,7 @@ ORDER = [
     "preferences",
     "base",
     "base_shape",
+    "processes",
     "model",
     "runs",
     "launch",
