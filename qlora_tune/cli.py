@@ -37,7 +37,6 @@ from qlora_tune.plan import pick_here
 from qlora_tune.runs import latest_run, list_runs
 from qlora_tune.terminal import console, say
 from qlora_tune.text_signs import printable
-from qlora_tune.train import train_along
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
 
@@ -221,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with processes.together(tokens):
             if processes.index():
+                from qlora_tune.train import train_along
+
                 train_along()
             else:
                 app(tokens, exit_on_error=False, print_error=False, result_action="return_value")

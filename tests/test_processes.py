@@ -14,28 +14,28 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, settings
 from safetensors.torch import load_file
 
 from qlora_tune.errors import ConfigError
+from qlora_tune.prepare import prepare
 from qlora_tune.processes import deal_micro_batches, together
-from qlora_tune.runs import Run, keep_whole_checkpoints
+from qlora_tune.runs import Run, keep_whole_checkpoints, new_run
+from qlora_tune.train import train
 from qlora_tune.trainer import _collate
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "qlora_tune"]
 WORDS = ["the", "red", "cat", "sat", "on", "a", "big", "mat", "and", "the", "dog", "ran", "to", "town"]
 # 64 rows, 6 of them held out: 6 steps an epoch, the last of 8 rows, and 2 more.
-FLAGS = ["--preset", "builtin", "--dtype", "float32", "--score-rows", "0", "--eval-steps", "4", "--max-steps", "8"]
-FLAGS += ["--per-device-train-batch-size", "5", "--gradient-accumulation-steps", "2"]
+SETTINGS = {"dtype": "float32", "score_rows": "0", "eval_steps": "4", "max_steps": "8"}
+SETTINGS |= {"per_device_train_batch_size": "5", "gradient_accumulation_steps": "2"}
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-
-
-def launch(folder: Path, command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        [*LAUNCH, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -52,8 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(64)
     ]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = launch(place, [sys.executable, "-m", "qlora_tune"], "train", "rows.jsonl", *FLAGS, "--run-name", "one")
-    assert done.returncode == 0, done.stderr
+    flags = {"data": [str(place / "rows.jsonl")], "runs_dir": str(place / "runs"), "run_name": "one", **SETTINGS}
+    config = settings(**flags)
+    train(config, new_run(config), prepare(config))
     return place
 
 
@@ -73,7 +74,7 @@ def assert_same_training(run: Run, one: Run, adapter_within: float) -> None:
 
 
 def test_two_processes_train_as_one_does_and_only_the_main_one_writes_and_speaks(folder: Path) -> None:
-    done = launch(folder, LAUNCH, "train", "rows.jsonl", *FLAGS, "--run-name", "two")
+    done = launch(folder, "train", "rows.jsonl", "--preset", "builtin", *FLAGS, "--run-name", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 8/8") == 1
     assert "5 x 2 = 10 rows in 2 processes" in done.stdout
@@ -90,8 +91,8 @@ def test_two_processes_train_as_one_does_and_only_the_main_one_writes_and_speaks
 
 def test_a_signal_to_one_process_saves_and_stops_both_and_one_process_goes_on_alone(folder: Path) -> None:
     run = Run(folder / "runs" / "stopped")
-    command = [*LAUNCH, "train", "rows.jsonl", *FLAGS, "--run-name", "stopped"]
-    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True) as launched:
+    command = [*LAUNCH, "train", "rows.jsonl", "--preset", "builtin", *FLAGS, "--run-name", "stopped"]
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as launched:
         while len(run.read_metrics()) < 2:
             assert launched.poll() is None
             time.sleep(0.05)
@@ -99,18 +100,18 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_one_process_goes_on_al
             child for child in psutil.Process(launched.pid).children(True) if child.environ().get("RANK") == "1"
         )
         second.send_signal(signal.SIGTERM)
-        printed = launched.communicate(timeout=120)[0]
+        printed = launched.communicate(timeout=600)[0]
     assert printed.count("stopped and saved") == 1
     assert run.read_state()["status"] == "stopped"
     assert 2 <= losses(run, "loss")[-1][0] < 8
-    resumed = launch(folder, [sys.executable, "-m", "qlora_tune"], "train", "--resume", str(run.path))
-    assert resumed.returncode == 0, resumed.stderr
+    config = run.read_config()
+    train(config, run, prepare(config), resume=True)
     assert_same_training(run, Run(folder / "runs" / "one"), 2e-3)
 
 
 def test_a_bad_flag_is_said_once_and_ends_both(folder: Path) -> None:
     before = sorted((folder / "runs").iterdir())
-    done = launch(folder, LAUNCH, "train", "rows.jsonl", "--lora-r", "0")
+    done = launch(folder, "train", "rows.jsonl", "--lora-r", "0")
     assert done.returncode
     assert done.stderr.count("error:") == 1
     assert "lora_r" in done.stderr
