@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from rich.markup import escape
 
-from qlora_tune import __version__, terminal
+from qlora_tune import __version__, processes, terminal
 from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.cli_evaluate import evaluate
@@ -233,7 +233,13 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with processes.together(tokens):
+            if processes.index():
+                from qlora_tune.train import train_along
+
+                train_along()
+            else:
+                app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         return _fail(suggest_command(tokens, list(app)) or str(error))
     except TuneError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from qlora_tune import terminal
+from qlora_tune import processes, terminal
 from qlora_tune.cli_data import DataFiles
 from qlora_tune.config import AUTO, ResolvedConfig, TrainConfig, resolve_config
 from qlora_tune.contracts import NO_CONTRACTS, read_contracts
@@ -63,6 +63,8 @@ def train(
     else:
         resolved = resolve_settings(files, config, settings)
         if resolved.config.holdout_tasks == [AUTO]:
+            if processes.count() > 1:
+                raise ConfigError("holdout_tasks auto trains one run after the other, in one process only.")
             _rotate(resolved)
             return
         run = train_settings(resolved)
@@ -191,13 +193,14 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
     from qlora_tune.prepare import data_files
 
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    several = f" in {processes.count()} processes" if processes.count() > 1 else ""
     say(
         f"run {run.path}\n"
         f"data {', '.join(data_files(config))}\n"
         f"base {setup.base.name} {'in 4-bit ' + config.bnb_4bit_quant_type if config.load_in_4bit else 'unquantized'}, "
         f"{setup.precision}, on {setup.device.name}\n"
         f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps} = {effective} rows, learning rate {config.learning_rate:g}, "
+        f"{config.gradient_accumulation_steps} = {effective} rows{several}, learning rate {config.learning_rate:g}, "
         f"LoRA r {config.lora_r}"
     )
     for file, notes in setup.data.report.notes.items():

@@ -53,6 +53,11 @@ def split_batch(rows: Sequence[dict[str, list[int]]], max_tokens: int, on_cpu: b
     return [_lay_out([rows[index] for index in group], on_cpu) for group in groups]
 
 
+def count_learned(row: dict[str, list[int]]) -> int:
+    """Tokens that are learned, all but the first, which nothing predicts."""
+    return len(row["labels"]) - 1 - row["labels"][1:].count(IGNORED)
+
+
 def _lay_out(rows: Sequence[dict[str, list[int]]], on_cpu: bool) -> MicroBatch:
     """Lay rows end to end; on a CPU in blocks, with fillers that nothing is learned from."""
     import torch
@@ -102,9 +107,24 @@ class FastModel:
         """
         from qlora_tune import fused
 
+        return fused.CrossEntropy.apply(*self._learned(batch), self.arena)
+
+    def log_likelihoods(self, rows: Sequence[dict[str, list[int]]]) -> Any:
+        """The log-likelihood of each row's learned tokens together, float32 [nats]; all rows in one micro-batch."""
+        import torch
+
+        from qlora_tune import fused
+
+        hidden, head, targets = self._learned(_lay_out(rows, self.embeddings.weight.device.type == "cpu"))
+        counts = [count_learned(row) for row in rows]
+        each = zip(hidden.split(counts), targets.split(counts), strict=True)
+        return -torch.stack([fused.CrossEntropy.apply(states, head, wanted, self.arena) for states, wanted in each])
+
+    def _learned(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
+        """The states [m, d] that predict learned tokens, the output head, and those tokens [m]."""
         hidden, head = self.hidden(batch), self.model.get_output_embeddings().weight
         learned = hidden.index_select(0, batch.learned.to(hidden.device))
-        return fused.CrossEntropy.apply(learned, head, batch.targets.to(hidden.device), self.arena)
+        return learned, head, batch.targets.to(hidden.device)
 
     def hidden(self, batch: MicroBatch) -> Any:
         """The last layer's states [n, d]."""

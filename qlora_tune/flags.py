@@ -29,7 +29,7 @@ PREFER_FLAGS = [
         group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES)
         or name in ("heldout_share", "max_length", "model_name_or_path")
     )
-    and name not in ("fast", "neftune_noise_alpha", "preference_data")
+    and name not in ("neftune_noise_alpha", "preference_data")
 ]
 
 

@@ -55,7 +55,7 @@ class Projection:
     sizes: list[int]
     loras: list[Lora | None]
     arena: Arena = HEAP  # for what autograd keeps
-    copies: dict[torch.dtype, Stacked] = field(default_factory=dict)
+    copies: dict[tuple[torch.dtype, int], Stacked] = field(default_factory=dict)
 
     def matrices(self) -> list[Tensor | None]:
         """All adapters' matrices, for autograd to know them."""
@@ -64,14 +64,16 @@ class Projection:
     def adapter(self, dtype: torch.dtype) -> Stacked | None:
         """The adapters as they are now.
 
-        Copies always lie in the same place: made anew, they would lie between activations (recompute.Place).
+        Copies always lie in the same place, each adapter's in another: made anew, they would lie between activations
+        (recompute.Place), and a reference's must leave those that wait for their backward pass alone.
         """
         found = [lora.matrices() if lora else (None, None) for lora in self.loras]
-        if all(a is None for a, _ in found):
+        which = next((id(a) for a, _ in found if a is not None), None)
+        if which is None:
             return None
-        if dtype not in self.copies:
-            self.copies[dtype] = self._make_copies(found, dtype)
-        stacked = self.copies[dtype]
+        if (dtype, which) not in self.copies:
+            self.copies[dtype, which] = self._make_copies(found, dtype)
+        stacked = self.copies[dtype, which]
         for (a, b), (inner, outer, scaling) in zip(found, stacked.blocks, strict=True):
             if a is not None and b is not None:
                 stacked.a[inner].copy_(a.detach())

@@ -97,6 +97,7 @@ def _linear_part(module: Any) -> tuple[Any, Any] | None:
     def matrices() -> tuple[Any, Any]:
         if module.disable_adapters:
             return None, None
+        name = module.active_adapters[0]  # in preference training by turns a frozen one of the same shape
         return module.lora_A[name].weight, module.lora_B[name].weight
 
     return base, Lora(matrices, module.scaling[name])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
-from qlora_tune import runs
+from qlora_tune import processes, runs
 from qlora_tune.base import BaseModel
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError, RunError
@@ -156,6 +156,7 @@ def recorder(
                 state.best_model_checkpoint = str(run.checkpoints / Path(state.best_model_checkpoint).name)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            stop.asked = processes.any_of(stop.asked, args.device)  # all end after the same step
             if stop.asked:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and has_heldout:
@@ -177,7 +178,9 @@ def recorder(
                 )
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            runs.seal_checkpoint(run.checkpoints / f"checkpoint-{state.global_step}")
+            processes.wait()  # each one keeps its random state there
+            if processes.index() == 0:
+                runs.seal_checkpoint(run.checkpoints / f"checkpoint-{state.global_step}")
 
         def _measure(self, state: Any, logs: dict[str, float]) -> dict[str, Any] | None:
             known = {name: float(logs[name]) for name in MEASURED if name in logs}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from qlora_tune import processes
 from qlora_tune.base import BaseModel
 from qlora_tune.base_shape import BaseShape, read_shape
 from qlora_tune.config import TrainConfig
@@ -260,7 +261,8 @@ def free_bytes(device: Device) -> int:
     if device.kind == "cuda":
         free = int(torch.cuda.mem_get_info()[0]) + int(torch.cuda.memory_reserved())
     else:
-        free = int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+        available = int(psutil.virtual_memory().available) // processes.count()
+        free = available + int(psutil.Process().memory_info().rss)
     return int(free * 0.95)
 
 

@@ -21,6 +21,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
+from qlora_tune import processes
 from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import IGNORED, ChatFormat, ensure_chat_template
 from qlora_tune.errors import ModelError
@@ -68,9 +69,10 @@ def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def quiet_stack(log_file: Path | None = None) -> None:
     """Send what the libraries have to say to a log file, away from the terminal; no usage reports.
 
-    Must be called before they are imported. Only one GPU is shown to the process: TRL refuses several in one.
+    Must be called before they are imported. Only one GPU is shown to the process: TRL refuses several in one. Where
+    several processes train together, each takes its own (processes.py).
     """
-    if "," in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+    if processes.count() == 1 and "," in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TRL_DISABLE_TELEMETRY", "DO_NOT_TRACK", "BITSANDBYTES_NOWELCOME"):
         os.environ.setdefault(name, "1")

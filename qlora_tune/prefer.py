@@ -21,6 +21,7 @@ from qlora_tune.base import find_base
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import DataError, RunError, join_problems
 from qlora_tune.export import Trained, open_adapter
+from qlora_tune.fast import FastModel, fast_path
 from qlora_tune.lifecycle import (
     begin,
     failures_recorded,
@@ -31,7 +32,7 @@ from qlora_tune.lifecycle import (
     save_adapter,
     stop_on_signal,
 )
-from qlora_tune.memory import peak_bytes
+from qlora_tune.memory import Fit, estimate_memory, free_bytes, peak_bytes, possible_fits
 from qlora_tune.pair_scores import PairScores, score_pairs, write_scores
 from qlora_tune.preferences import (
     RATE_SHARE,
@@ -46,7 +47,7 @@ from qlora_tune.preferences import (
 from qlora_tune.prepare import SHORT_ROWS, count_steps, heldout_files, refuse_longer_than_context, training_files
 from qlora_tune.runs import Run
 from qlora_tune.shapes import Example
-from qlora_tune.trainer import build_preference_trainer, uncast_inputs
+from qlora_tune.trainer import build_preference_trainer, fast_log_probs, uncast_inputs
 
 REFERENCE = "reference"  # folder of a run: the adapter that it began with
 
@@ -265,12 +266,17 @@ def _train_adapter(
     trained = setup.trained
     train, heldout = ([tokens for _, tokens in pairs] for pairs in (setup.train, setup.heldout))
     with ExitStack() as stack:
+        fast = _settle(stack, model, config, trained, [*train, *heldout]) if config.fast else None
         trainer = build_preference_trainer(
-            model, config, run, trained.device, trained.precision, trained.tokenizer, train, heldout
+            model, config, run, trained.device, trained.precision, trained.tokenizer, train, heldout, plain=fast is None
         )
-        if trained.device.kind == "cpu" and max(map(len, [*train, *heldout])) <= SHORT_ROWS:
-            model.set_attn_implementation("eager")
-        stack.enter_context(uncast_inputs(model, active=not config.use_dora))
+        if fast is not None:
+            stack.enter_context(fast_log_probs(model, fast))
+        else:
+            if trained.device.kind == "cpu" and max(map(len, [*train, *heldout])) <= SHORT_ROWS:
+                model.set_attn_implementation("eager")
+            stack.enter_context(uncast_inputs(model, active=not config.use_dora))
+        run.update_state(path="fast" if fast else "plain")
         stop = stack.enter_context(stop_on_signal(on_stop))
         trainer.add_callback(recorder(run, trained.device, on_metrics, stop, has_heldout=bool(heldout)))
         run_trainer(trainer, checkpoint)
@@ -282,3 +288,34 @@ def _train_adapter(
         peak_bytes=peak_bytes(trained.device),
     )
     return "stopped" if stop.asked and state.global_step < state.max_steps else "finished"
+
+
+def _settle(
+    stack: ExitStack, model: Any, config: TrainConfig, trained: Trained, pairs: Sequence[TokenizedPair]
+) -> FastModel | None:
+    """Put the fast path in place, where it gives the stock loss, in such memory as instruction tuning would take.
+
+    A micro-batch of pairs stays whole, as the loss compares its rows.
+    """
+    answers = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    lengths = [len(pair.prompt_ids) + len(ids) for pair, ids in answers]
+    learned = sum(len(ids) for _, ids in answers) / sum(lengths)
+    rows_at_once = {"per_device_train_batch_size": 2 * config.per_device_train_batch_size}
+    as_rows = config.model_copy(update=rows_at_once | {"gradient_accumulation_steps": 1})
+    free = free_bytes(trained.device)
+
+    def fits(fit: Fit) -> bool:
+        memory = estimate_memory(trained.base, as_rows, trained.device, trained.precision, lengths, learned, fit)
+        return memory.peak_bytes <= free
+
+    possible = possible_fits(as_rows, trained.device, max(lengths))
+    whole = [fit for fit in possible if fit.max_tokens == possible[0].max_tokens]
+    fit = next(filter(fits, whole), whole[-1])
+    path = fast_path(
+        model,
+        longest=max(lengths),
+        keep_weights=fit.keep_weights,
+        checkpointing=fit.checkpointing,
+        offload=fit.offload,
+    )
+    return stack.enter_context(path)

@@ -35,7 +35,6 @@ STAGE: dict[str, Any] = {
     "heldout_share": 0.1,
     "early_stopping_patience": 0,
     "neftune_noise_alpha": None,
-    "fast": False,
     "run_name": None,
 }
 # The better answer's column, then the worse one's: TRL and LLaMA-Factory, StackExchange paired, OpenAI.

@@ -14,6 +14,7 @@ from typing import Any
 
 from qlora_tune import data as rows
 from qlora_tune import model as models
+from qlora_tune import processes
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import AUTO, BUILTIN, TrainConfig, load_preset, shipped_path
@@ -103,6 +104,8 @@ def prepare(config: TrainConfig) -> Setup:
     if config.preference_data:
         raise ConfigError("preference_data holds pairs, not rows. Train on them with: python -m qlora_tune prefer")
     refuse_rotation(config)
+    if not config.fast:
+        processes.deal_micro_batches(config.gradient_accumulation_steps)
     refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
     refuse_longer_than_context(config.max_length, base)

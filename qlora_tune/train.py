@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
-from qlora_tune import runs
+from qlora_tune import processes, runs
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError
 from qlora_tune.fast import FastModel, fast_path, split_batch
+from qlora_tune.launch import lock_device
 from qlora_tune.lifecycle import (
     begin,
     failures_recorded,
@@ -29,7 +30,7 @@ from qlora_tune.lifecycle import (
     stop_on_signal,
 )
 from qlora_tune.memory import Fit, MemoryEstimate, choose_fit, free_bytes, peak_bytes, possible_fits
-from qlora_tune.prepare import SHORT_ROWS, Setup, data_files, quantization_of
+from qlora_tune.prepare import SHORT_ROWS, Setup, data_files, prepare, quantization_of
 from qlora_tune.recipe import describe_files
 from qlora_tune.runs import Run
 from qlora_tune.trainer import build_trainer, uncast_inputs
@@ -68,7 +69,6 @@ def train(
         "base_fingerprint": setup.base.fingerprint,
     }
     checkpoint = find_checkpoint(run, fingerprints) if resume else None
-    quantization = quantization_of(config)
     steps = setup.total_steps(config)
     begin(run, setup.base, setup.device, setup.precision, fingerprints, total_steps=steps, resume=resume)
     with failures_recorded(run, config, setup.device):
@@ -78,13 +78,39 @@ def train(
         run.write_heldout(setup.data.heldout_examples)
         if setup.data.unseen_examples:
             run.write_heldout(setup.data.unseen_examples, runs.UNSEEN)
-        model = models.load_base(setup.base, setup.device, setup.precision, quantization)
-        model = _attach(model, config)
+        processes.share((run.path, checkpoint, setup.device.kind))
+        model = _load(config, setup)
         status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop, on_note)
         if status == "finished":
-            save_adapter(model, run, setup.base, setup.tokenizer, quantization, setup.precision)
+            save_adapter(model, run, setup.base, setup.tokenizer, quantization_of(config), setup.precision)
     run.update_state(status=status)
     return TrainResult(model, setup, status)
+
+
+class _WatchedRun(Run):
+    """A run in a process beside the main one, which alone writes."""
+
+    def update_state(self, **changes: Any) -> None:
+        """Leave the state to the main process."""
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        """Leave the metrics to the main process."""
+
+
+def train_along() -> None:
+    """The life of a process beside the main one: wait for its run, and train the same steps on rows of its own."""
+    told = processes.share(None)
+    if told is None:
+        return
+    path, checkpoint, kind = told
+    run = _WatchedRun(path)
+    config = run.read_config()
+    setup = prepare(config)
+    with ExitStack() as stack:
+        if kind == "cuda":  # a GPU of its own
+            stack.enter_context(lock_device(kind)).write_holder(run)
+        model = _load(config, setup)
+        _train_adapter(model, config, run, setup, checkpoint, lambda entry: None, lambda: None, lambda text: None)
 
 
 def _train_adapter(
@@ -112,6 +138,7 @@ def _train_adapter(
         trainer.add_callback(recorder(run, setup.device, on_metrics, stop, has_heldout=bool(setup.data.heldout)))
         run_trainer(trainer, checkpoint)
     leave_training(trainer, model)
+    processes.part()
     state = trainer.state
     losses = [entry["eval_loss"] for entry in run.read_metrics() if "eval_loss" in entry]
     kept = state.best_metric if trainer.args.load_best_model_at_end else next(reversed(losses), None)
@@ -192,7 +219,9 @@ def _fits(model: Any, config: TrainConfig, setup: Setup, fit: Fit, fast: FastMod
     return True
 
 
-def _attach(model: Any, config: TrainConfig) -> Any:
+def _load(config: TrainConfig, setup: Setup) -> Any:
+    """The base with a fresh adapter on it."""
+    model = models.load_base(setup.base, setup.device, setup.precision, quantization_of(config))
     return models.attach_adapter(
         model,
         lora_r=config.lora_r,

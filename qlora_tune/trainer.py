@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 from qlora_tune import model as models
+from qlora_tune import processes
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
-from qlora_tune.fast import FastModel, split_batch
+from qlora_tune.fast import FastModel, count_learned, split_batch
 from qlora_tune.model import Device, Precision
 from qlora_tune.preferences import TokenizedPair
 from qlora_tune.prepare import PAD_TO, Setup, count_steps, optimizer_of
@@ -35,6 +37,10 @@ def to_sft_config(
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         told |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
         told |= {"gradient_accumulation_steps": 1, "dataloader_pin_memory": False}
+    else:
+        rows = config.per_device_train_batch_size * processes.count()  # dealt to the processes
+        told |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+        told["gradient_accumulation_steps"] = processes.deal_micro_batches(config.gradient_accumulation_steps)
     return SFTConfig(
         **told,
         packing=False,
@@ -81,6 +87,8 @@ def _arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would show a loss that is not a number as 0.0
         "dataloader_pin_memory": on_cuda,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -115,17 +123,25 @@ def build_trainer(
             if fast is None:
                 return super().training_step(model, inputs, *rest, **named)
             model.train()
-            batches = inputs["micro_batches"]
-            learned = max(1, sum(len(batch.targets) for batch in batches))
             total = torch.zeros((), device=self.args.device)
-            for batch in batches:
-                loss = fast.loss_sum(batch) / learned
+            for batch in inputs["micro_batches"]:
+                loss = fast.loss_sum(batch) / max(1, inputs["learned"])
                 self.accelerator.backward(loss)
                 total += loss.detach()
                 del loss  # what recomputing began with would stay beside the next micro-batch's
-            self._total_train_tokens += sum(batch.tokens for batch in batches)
+            processes.sum_gradients(model)
+            self._total_train_tokens += inputs["tokens"]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return total
+            return processes.sum_up(total)
+
+        def _get_dataloader(self, *args: Any, **named: Any) -> Any:
+            """Whole batches in every process, dealt in collating: accelerate would repeat rows to fill the last one."""
+            loader = super()._get_dataloader(*args, **named)
+            if processes.count() > 1:
+                # As Transformers itself makes accelerate's sharding pass batches on.
+                sharding = loader.batch_sampler
+                sharding.num_processes, sharding.process_index, sharding.even_batches = 1, 0, False
+            return loader
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             with models.only_learned(self.model, inputs) as fewer:
@@ -135,6 +151,8 @@ def build_trainer(
             self.model.eval()
             sums = [self._loss_sum(inputs) for inputs in self.get_eval_dataloader()]
             total, tokens = (sum(column) for column in zip(*sums, strict=True))
+            both = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
+            total, tokens = processes.sum_up(both).tolist()
             metrics = {f"{metric_key_prefix}_loss": float(total / max(tokens, 1))}
             self.log(metrics)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -150,7 +168,7 @@ def build_trainer(
                 learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
-            return loss.double().cpu() * learned, learned
+            return loss.double().cpu() * learned if learned else 0.0, learned
 
     trainer = MaskedTrainer(
         model=model,
@@ -162,6 +180,8 @@ def build_trainer(
         callbacks=_early_stopping(config, run) if setup.data.heldout else [],
     )
     trainer.remove_callback(PrinterCallback)
+    if fast is None:
+        trainer.data_collator = partial(_collate_padded, trainer.data_collator)
     models.keep_adapter_in_fp32(model)
     return trainer
 
@@ -175,16 +195,25 @@ def build_preference_trainer(
     tokenizer: Any,
     train: Sequence[TokenizedPair],
     heldout: Sequence[TokenizedPair],
+    *,
+    plain: bool,
 ) -> Any:
     """A DPOTrainer over prepared pairs, which trains the model's adapter against a frozen copy of it.
 
-    TRL keeps that copy beside the adapter, on the same base, under the name "ref".
+    TRL keeps that copy beside the adapter, on the same base, under the name "ref". Not `plain`: the caller puts
+    fast_log_probs in place.
     """
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     class PairTrainer(DPOTrainer):  # type: ignore[misc]
         """DPOTrainer that takes pairs as tokens, where TRL would render and cut them in its own way."""
+
+        def log(self, logs: dict[str, float], *rest: Any) -> None:
+            if not plain:  # fast_log_probs doesn't know it
+                for metrics in self._metrics.values():
+                    metrics.pop("mean_token_accuracy", None)
+            super().log(logs, *rest)
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
@@ -206,9 +235,9 @@ def build_preference_trainer(
             **told,
             beta=config.beta,
             loss_type=[config.loss_type],
-            # A GPU's memory is what runs out, and no estimate is made for pairs.
-            gradient_checkpointing=config.activation_checkpointing == "on"
-            or (config.activation_checkpointing == "auto" and on_cuda),
+            # A GPU's memory is what runs out, and no estimate is made for pairs the plain way.
+            gradient_checkpointing=plain
+            and (config.activation_checkpointing == "on" or (config.activation_checkpointing == "auto" and on_cuda)),
         ),
         train_dataset=_to_pair_dataset(train),
         eval_dataset=_to_pair_dataset(heldout) if heldout else None,
@@ -221,6 +250,30 @@ def build_preference_trainer(
         if "lora_" in name:
             weight.data = exact[name.replace(".ref.", ".default.")].float().clone()
     return trainer
+
+
+def fast_log_probs(model: Any, fast: FastModel) -> AbstractContextManager[Any]:
+    """Let the fast path give a DPOTrainer the log-probabilities that it asks its model for."""
+    return patch.object(model.get_base_model(), "forward", partial(_log_probs, fast))
+
+
+def _log_probs(fast: FastModel, input_ids: Any, attention_mask: Any, labels: Any, **_: Any) -> Any:
+    """What TRL's own output head gives, but for the sum of each row's log-probabilities, in its first position.
+
+    TRL sums them up itself. What only its logs would show is 0.
+    """
+    import torch
+    from transformers.utils import ModelOutput
+
+    rows = [
+        {"input_ids": ids[:length].tolist(), "labels": wanted[:length].tolist()}
+        for ids, wanted, length in zip(input_ids, labels, attention_mask.sum(1).tolist(), strict=True)
+    ]
+    with torch.autocast(input_ids.device.type, enabled=False):
+        sums = fast.log_likelihoods(rows)
+    unknown = torch.zeros_like(labels[:, 1:])
+    log_probs = torch.nn.functional.pad(sums.unsqueeze(1), (0, unknown.shape[1] - 1))
+    return ModelOutput(log_probs=log_probs, entropy=unknown, mean_logits=unknown, is_top1=unknown.bool())
 
 
 def _early_stopping(config: TrainConfig, run: Run) -> list[Any]:
@@ -248,7 +301,22 @@ def uncast_inputs(model: Any, *, active: bool) -> AbstractContextManager[None]:
 
 
 def _collate(max_tokens: int, on_cpu: bool, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    return {"micro_batches": split_batch(rows, max_tokens, on_cpu)}
+    """An effective batch: this process's rows as micro-batches, with the tokens and the learned tokens of all rows.
+
+    Rows are dealt by length, so that each process has about as many tokens to go through.
+    """
+    dealt = sorted(rows, key=lambda row: -len(row["input_ids"]))[processes.index() :: processes.count()]
+    return {
+        "micro_batches": split_batch(dealt, max_tokens, on_cpu),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "learned": sum(map(count_learned, rows)),
+    }
+
+
+def _collate_padded(collate: Any, rows: Sequence[dict[str, list[int]]]) -> Any:
+    """This process's rows of a batch, padded; where there is none for it, one from which nothing is learned."""
+    nothing = {"input_ids": rows[0]["input_ids"], "labels": [IGNORED] * len(rows[0]["labels"])}
+    return collate(rows[processes.index() :: processes.count()] or [nothing])
 
 
 def _to_dataset(sequences: Sequence[TokenizedExample]) -> Any:

@@ -46,6 +46,7 @@ ORDER = [
     "preferences",
     "base",
     "base_shape",
+    "processes",
     "model",
     "runs",
     "launch",

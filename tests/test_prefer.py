@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,34 @@ def test_the_first_loss_is_ln_2_because_it_begins_as_its_reference(preferred: Pr
     assert first["step"] == 1
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_the_fast_path_trains_as_trl_does(finished: Any, tmp_path: Path, loss_type: str) -> None:
+    data = sample_votes(tmp_path / "votes.jsonl", 20)
+    origin = find_origin(finished[0].path, str(finished[0].path.parent))
+    found = {}
+    for path in ("fast", "plain"):
+        flags: dict[str, Any] = {"fast": path == "fast", "loss_type": loss_type, "learning_rate": 1e-3}
+        flags |= {"max_steps": 3, "eval_steps": 3, "warmup_ratio": 0, "per_device_train_batch_size": 3, "score_rows": 0}
+        # Activations recomputed, as the reference's turn must not disturb those of the trained adapter.
+        flags |= {"activation_checkpointing": "on" if loss_type == "ipo" else "off", "gradient_accumulation_steps": 2}
+        config = make_settings(origin, [data], {"runs_dir": str(tmp_path / "runs"), "run_name": path, **flags})
+        setup = prepare_preferences(config, origin)
+        setup = replace(setup, trained=replace(setup.trained, precision="float32"))
+        run = new_run(config)
+        prefer(config, run, setup, origin)
+        assert run.read_state()["path"] == path
+        found[path] = run
+    names = ("loss", "eval_loss", "rewards/margins")
+    fast, plain = ([[e.get(n, 0) for n in names] for e in found[path].read_metrics()] for path in ("fast", "plain"))
+    assert len(fast) == 4
+    assert fast[2][2] != 0  # it has moved
+    assert [value for entry in fast for value in entry] == pytest.approx(
+        [v for e in plain for v in e], rel=1e-5, abs=1e-5
+    )
+    norms = ([e["grad_norm"] for e in found[path].read_metrics() if "grad_norm" in e] for path in ("fast", "plain"))
+    assert next(norms) == pytest.approx(next(norms), rel=1e-4)
 
 
 def test_the_reference_is_the_instruction_tuned_adapter_and_stays_as_it_was(preferred: Preferred) -> None:
