@@ -107,6 +107,7 @@ class FastModel:
         """
         from qlora_tune import fused
 
+        self.arena.used = True  # not before: weights that are kept, joined while the path is set up, would fill places
         return fused.CrossEntropy.apply(*self._learned(batch), self.arena)
 
     def log_likelihoods(self, rows: Sequence[dict[str, list[int]]]) -> Any:
@@ -115,10 +116,14 @@ class FastModel:
 
         from qlora_tune import fused
 
+        # Without gradients nothing lasts; in the arena it would lie on top of what waits for its backward pass.
+        self.arena.used = torch.is_grad_enabled()
         hidden, head, targets = self._learned(_lay_out(rows, self.embeddings.weight.device.type == "cpu"))
         counts = [count_learned(row) for row in rows]
         each = zip(hidden.split(counts), targets.split(counts), strict=True)
-        return -torch.stack([fused.CrossEntropy.apply(states, head, wanted, self.arena) for states, wanted in each])
+        sums = [fused.CrossEntropy.apply(states, head, wanted, self.arena) for states, wanted in each]
+        self.arena.used = True
+        return -torch.stack(sums)
 
     def _learned(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
         """The states [m, d] that predict learned tokens, the output head, and those tokens [m]."""
@@ -130,7 +135,6 @@ class FastModel:
         """The last layer's states [n, d]."""
         from qlora_tune.attention import plan_rows
 
-        self.arena.used = True  # not before: weights that are kept, joined while the path is set up, would fill places
         device = self.embeddings.weight.device
         embedded = self.embeddings(batch.input_ids.to(device))
         if self.noise and self.backbone.training:
