@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from qlora_tune import __version__
+from qlora_tune.adapters import saved_rank, virtual_tokens_of
 from qlora_tune.base import BaseModel
 from qlora_tune.comparison import measure_table, read_comparison, score_table
 from qlora_tune.config import BUILTIN, TrainConfig
@@ -238,9 +239,11 @@ def _transformers(base: BaseModel, stops: Sequence[int], imports: list[str], nam
 
 def _vllm(config: TrainConfig, base: BaseModel, stops: Sequence[int]) -> list[str]:
     """How vLLM serves an adapter beside its base; from its documentation, not tried here."""
-    rank = next((rank for rank in _VLLM_RANKS if rank >= config.lora_r), None)
+    if virtual_tokens_of(config):
+        return [f"vLLM serves no adapters of type {config.peft_type}."]
+    rank = next((rank for rank in _VLLM_RANKS if rank >= saved_rank(config)), None)
     if config.use_dora or rank is None:
-        why = "DoRA adapters" if config.use_dora else f"adapters of rank {config.lora_r}"
+        why = "DoRA adapters" if config.use_dora else f"adapters of rank {saved_rank(config)}"
         return [f"vLLM serves no {why}: merge it (`python -m qlora_tune export RUN --merged`)."]
     revision = f" --revision {base.revision}" if base.revision else ""
     return [

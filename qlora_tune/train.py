@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tune import adapters, runs
 from qlora_tune import model as models
-from qlora_tune import runs
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError
 from qlora_tune.fast import FastModel, fast_path, split_batch
 from qlora_tune.lifecycle import (
+    START,
     begin,
     failures_recorded,
     find_checkpoint,
@@ -78,10 +79,13 @@ def train(
         if setup.data.unseen_examples:
             run.write_heldout(setup.data.unseen_examples, runs.UNSEEN)
         model = models.load_base(setup.base, setup.device, setup.precision, quantization)
-        model = _attach(model, config)
+        model = adapters.attach(model, config, setup.base, run.path / START)
         status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop, on_note)
         if status == "finished":
             save_adapter(model, run, setup.base, setup.tokenizer, quantization, setup.precision)
+            if config.init_lora_weights in adapters.REPLACING:  # without its adapter the model must be the base again
+                model = models.load_base(setup.base, setup.device, setup.precision, quantization)
+                model = adapters.load_adapter(model, run.adapter, setup.base)
     run.update_state(status=status)
     return TrainResult(model, setup, status)
 
@@ -189,16 +193,3 @@ def _fits(model: Any, config: TrainConfig, setup: Setup, fit: Fit, fast: FastMod
     finally:
         model.zero_grad(set_to_none=True)
     return True
-
-
-def _attach(model: Any, config: TrainConfig) -> Any:
-    return models.attach_adapter(
-        model,
-        lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        seed=config.seed,
-    )

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from qlora_tune import model as models
+from qlora_tune import adapters
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.fast import FastModel, split_batch
@@ -128,7 +128,7 @@ def build_trainer(
             return total
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-            with models.only_learned(self.model, inputs) as fewer:
+            with adapters.only_learned(self.model, inputs) as fewer:
                 return super().compute_loss(model, fewer, *rest, **named)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -162,7 +162,7 @@ def build_trainer(
         callbacks=_early_stopping(config, run) if setup.data.heldout else [],
     )
     trainer.remove_callback(PrinterCallback)
-    models.keep_adapter_in_fp32(model)
+    adapters.keep_adapter_in_fp32(model)
     return trainer
 
 
