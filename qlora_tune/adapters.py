@@ -20,6 +20,7 @@ from qlora_tune.model import Precision, Quantization, one_at_a_time
 
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 REPLACING = ("olora", "pissa", "pissa_niter_16")  # they take what the adapter begins with out of the base's weights
+PLAIN_STARTS = ("default", "gaussian")  # they change nothing at first, and look at no weight of the base
 ERROR_PASSES = 16  # of svd_lowrank over a weight's rounding error
 
 
@@ -36,7 +37,7 @@ def refuse_untrainable(config: TrainConfig) -> None:
         problems.append(
             "init_lora_weights loftq makes up for the rounding to 4 bits, and this base is not rounded. Use default."
         )
-    if config.use_dora and start not in ("default", "gaussian"):
+    if config.use_dora and start not in PLAIN_STARTS:
         problems.append(
             f"use_dora takes its magnitudes from the base alone, without what init_lora_weights {start} begins with. "
             "Use default or gaussian, or leave out use_dora."
@@ -80,6 +81,8 @@ def attach(model: Any, config: TrainConfig, base: BaseModel, start: Path) -> Any
     """
     if virtual_tokens_of(config):
         return _attach_virtual_tokens(model, config)
+    if config.init_lora_weights not in PLAIN_STARTS:
+        _refuse_rank(model, config.lora_r)
     tuned = attach_adapter(
         model,
         lora_r=config.lora_r,
@@ -157,7 +160,7 @@ def _begin_with_rounding_error(tuned: Any, base: BaseModel) -> None:
     from peft.utils.integrations import dequantize_module_weight
     from safetensors import safe_open
 
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(base.path.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
@@ -165,9 +168,7 @@ def _begin_with_rounding_error(tuned: Any, base: BaseModel) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         if f"{name}.weight" not in files:
-            raise ModelError(
-                f"{base.path}: holds no {name}.weight, which loftq needs. Use --init-lora-weights default."
-            )
+            raise ModelError(f"{base.path}: no {name}.weight, which loftq needs. Use --init-lora-weights default.")
         with safe_open(files[f"{name}.weight"], framework="pt") as file:
             whole = file.get_tensor(f"{name}.weight")
         rounded = dequantize_module_weight(layer.get_base_layer()).float()
@@ -175,6 +176,16 @@ def _begin_with_rounding_error(tuned: Any, base: BaseModel) -> None:
         u, s, v = torch.svd_lowrank(whole.to(rounded) - rounded, len(a), ERROR_PASSES)
         size = (s / layer.scaling["default"]).sqrt()
         a.data, b.data = (v * size).T.contiguous().to(a.dtype), (u * size).to(b.dtype)
+
+
+def _refuse_rank(model: Any, lora_r: int) -> None:
+    """Raise ModelError where a weight has not so many directions to begin with."""
+    layers = [part for part in model.modules() if hasattr(part, "in_features")]
+    if lora_r > (most := min(min(layer.in_features, layer.out_features) for layer in layers)):
+        raise ModelError(
+            f"lora_r is {lora_r}, but this base has a layer with a side of {most}. Use --lora-r {most} or less, or "
+            "--init-lora-weights default."
+        )
 
 
 def _check_targets(model: Any, target_modules: Sequence[str]) -> None:

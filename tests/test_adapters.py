@@ -28,16 +28,14 @@ from qlora_tune.side_by_side import open_panel
 
 PROMPT = {"peft_type": "PROMPT_TUNING", "max_length": "200", "learning_rate": "0.1"}
 PREFIX = {"peft_type": "PREFIX_TUNING", "max_length": "200", "learning_rate": "0.1"}
-WHOLE = {"load_in_4bit": "false", "dtype": "float32"}
+WHOLE = {"load_in_4bit": "false"}
 KINDS: dict[str, dict[str, str]] = {
     "LoRA": {},
-    "rsLoRA": {"use_rslora": "true"},
-    "DoRA": {"use_dora": "true", "dtype": "float32"},
-    "gaussian": {"init_lora_weights": "gaussian"},
+    "rsLoRA": {"use_rslora": "true", "init_lora_weights": "gaussian"},
+    "DoRA": {"use_dora": "true"},
     "LoftQ": {"init_lora_weights": "loftq"},
     "OLoRA": {"init_lora_weights": "olora", **WHOLE},
     "PiSSA": {"init_lora_weights": "pissa", "use_rslora": "true", **WHOLE},
-    "PiSSA niter": {"init_lora_weights": "pissa_niter_16", **WHOLE},
     "prompt tuning": PROMPT,
     "prefix tuning": PREFIX,
 }
@@ -55,7 +53,8 @@ def train_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trai
     def train(kind: str) -> Trained:
         if kind not in done:
             shared = {"runs_dir": str(folder), "run_name": kind, "data": [str(folder / "rows.jsonl")], "lora_r": "8"}
-            sizes = {"max_steps": "20", "eval_steps": "20", "per_device_train_batch_size": "4", "lora_alpha": "16"}
+            shared["learning_rate"] = "5e-4"
+            sizes = {"max_steps": "20", "eval_steps": "20", "per_device_train_batch_size": "4", "dtype": "float32"}
             config = settings(**{**shared, **sizes, **KINDS[kind]})
             run = new_run(config)
             done[kind] = run, config, training.train(config, run, prepare(config))
@@ -99,7 +98,7 @@ def test_every_kind_learns_and_is_loaded_again_on_the_untouched_base(
     packed = [pack_sequence(row.input_ids, row.labels) for row in result.setup.data.heldout]
     loss = sum(score_sequences(again, packed, 4).values()) / sum(sequence.learned for sequence in packed)
     measured = next(entry["eval_loss"] for entry in metrics if "eval_loss" in entry)
-    assert loss == pytest.approx(measured, rel=1e-4 if config.dtype == "float32" else 2e-2)
+    assert loss == pytest.approx(measured, rel=1e-4, abs=1e-5)
 
     rank = adapters.saved_rank(config) / config.lora_r
     trained = sum(p.numel() for name, p in again.named_parameters() if "lora_" in name or "prompt_" in name)
@@ -161,6 +160,11 @@ def test_what_is_taken_out_of_the_base_is_in_the_adapter_at_first(builtin: Any, 
     assert torch.allclose(logits_of(tuned, ids), logits_of(bare, ids), atol=1e-4)
     with tuned.disable_adapter():
         assert not torch.allclose(logits_of(tuned, ids), logits_of(bare, ids), atol=1)
+
+
+def test_more_rank_than_a_layer_has_directions_is_refused(builtin: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a layer with a side of 64. Use --lora-r 64 or less"):
+        attached(builtin, tmp_path, init_lora_weights="loftq", lora_r="65")
 
 
 # ---------------------------------------------------------------- virtual tokens
