@@ -7,6 +7,7 @@ virtual tokens before every sequence, as embeddings or as keys and values of eve
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,10 +271,11 @@ def save_adapter_files(model: Any, folder: Path, start: Path) -> None:
     """Write an adapter as PEFT does, for the unchanged base.
 
     Where its initialisation changed the base, `start` holds what was taken out of it, and what is written is plain
-    LoRA of twice the rank.
+    LoRA of twice the rank; `start` is then removed.
     """
     replaced = start if start.exists() else None
     model.save_pretrained(folder, safe_serialization=True, path_initial_model_for_weight_conversion=replaced)
+    shutil.rmtree(start, ignore_errors=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; export writes the real card
 
 

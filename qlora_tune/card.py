@@ -27,6 +27,7 @@ _NO_GGUF = (
     "llama.cpp and Ollama read GGUF files, which this folder does not hold; who has the run makes them with "
     "`python -m qlora_tune export RUN --gguf`."
 )
+_MERGED_IS_WHOLE = " A merged model (`python -m qlora_tune export RUN --merged`) is whole, and Transformers loads it."
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _LIMITS = (
     "The scores are of rows held out of one data set; they say little about other requests.",
@@ -204,15 +205,14 @@ def _use_lines(config: TrainConfig, base: BaseModel, stops: Sequence[int], form:
             "The base is the one built into qlora-tune. Install that, unpack this zip, and run "
             "`python -m qlora_tune chat FOLDER` on the unpacked folder.",
             "",
-            "It is on no hub, so Transformers, PEFT, vLLM, llama.cpp and Ollama can't fetch it by its name. A merged "
-            "model (`python -m qlora_tune export RUN --merged`) is whole, and Transformers loads it.",
+            "It is on no hub, so Transformers, PEFT, vLLM, llama.cpp and Ollama can't fetch it by its name."
+            + (_MERGED_IS_WHOLE if not virtual_tokens_of(config) else ""),
         ]
     return [
         *_transformers(base, stops, ["from peft import PeftModel"], base.label),
         "",
         *_vllm(config, base, stops),
-        "",
-        _NO_GGUF,
+        *([] if virtual_tokens_of(config) else ["", _NO_GGUF]),
     ]
 
 

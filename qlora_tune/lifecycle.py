@@ -19,7 +19,7 @@ from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.recipe import read_versions
 from qlora_tune.runs import Run
 
-START = "start"  # folder of a run: what its adapter's initialisation took out of the base, if anything
+START = "start"  # folder of a run: while it trains, what its adapter's initialisation took out of the base
 # What is kept of what a trainer logs; those with rewards come from preference training.
 MEASURED = (
     *("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"),

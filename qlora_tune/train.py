@@ -84,6 +84,8 @@ def train(
         if status == "finished":
             save_adapter(model, run, setup.base, setup.tokenizer, quantization, setup.precision)
             if config.init_lora_weights in adapters.REPLACING:  # without its adapter the model must be the base again
+                del model
+                models.free_memory()
                 model = models.load_base(setup.base, setup.device, setup.precision, quantization)
                 model = adapters.load_adapter(model, run.adapter, setup.base)
     run.update_state(status=status)
