@@ -211,7 +211,7 @@ def test_losses_are_those_of_the_rows_tokens_alone(virtual: Any) -> None:
 
 def test_virtual_tokens_take_of_the_context(virtual: Any, builtin: Any) -> None:
     assert context_length(virtual) == 256 - 20
-    with pytest.raises(ConfigError, match=r"200 tokens behind 60 virtual ones .* --max-length 196"):
+    with pytest.raises(ConfigError, match=r"200 tokens behind 60 virtual ones, .* --max-length 196"):
         prepare(settings(**{**PROMPT, "num_virtual_tokens": "60"}))
 
 
