@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from qlora_tune import __version__
+from qlora_tune.adapters import saved_rank, virtual_tokens_of
 from qlora_tune.base import BaseModel
 from qlora_tune.comparison import measure_table, read_comparison, score_table
 from qlora_tune.config import BUILTIN, TrainConfig
@@ -26,6 +27,7 @@ _NO_GGUF = (
     "llama.cpp and Ollama read GGUF files, which this folder does not hold; who has the run makes them with "
     "`python -m qlora_tune export RUN --gguf`."
 )
+_MERGED_IS_WHOLE = " A merged model (`python -m qlora_tune export RUN --merged`) is whole, and Transformers loads it."
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _LIMITS = (
     "The scores are of rows held out of one data set; they say little about other requests.",
@@ -203,15 +205,14 @@ def _use_lines(config: TrainConfig, base: BaseModel, stops: Sequence[int], form:
             "The base is the one built into qlora-tune. Install that, unpack this zip, and run "
             "`python -m qlora_tune chat FOLDER` on the unpacked folder.",
             "",
-            "It is on no hub, so Transformers, PEFT, vLLM, llama.cpp and Ollama can't fetch it by its name. A merged "
-            "model (`python -m qlora_tune export RUN --merged`) is whole, and Transformers loads it.",
+            "It is on no hub, so Transformers, PEFT, vLLM, llama.cpp and Ollama can't fetch it by its name."
+            + (_MERGED_IS_WHOLE if not virtual_tokens_of(config) else ""),
         ]
     return [
         *_transformers(base, stops, ["from peft import PeftModel"], base.label),
         "",
         *_vllm(config, base, stops),
-        "",
-        _NO_GGUF,
+        *([] if virtual_tokens_of(config) else ["", _NO_GGUF]),
     ]
 
 
@@ -238,9 +239,11 @@ def _transformers(base: BaseModel, stops: Sequence[int], imports: list[str], nam
 
 def _vllm(config: TrainConfig, base: BaseModel, stops: Sequence[int]) -> list[str]:
     """How vLLM serves an adapter beside its base; from its documentation, not tried here."""
-    rank = next((rank for rank in _VLLM_RANKS if rank >= config.lora_r), None)
+    if virtual_tokens_of(config):
+        return [f"vLLM serves no adapters of type {config.peft_type}."]
+    rank = next((rank for rank in _VLLM_RANKS if rank >= saved_rank(config)), None)
     if config.use_dora or rank is None:
-        why = "DoRA adapters" if config.use_dora else f"adapters of rank {config.lora_r}"
+        why = "DoRA adapters" if config.use_dora else f"adapters of rank {saved_rank(config)}"
         return [f"vLLM serves no {why}: merge it (`python -m qlora_tune export RUN --merged`)."]
     revision = f" --revision {base.revision}" if base.revision else ""
     return [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from qlora_tune import processes, terminal
+from qlora_tune.adapters import describe_adapter
 from qlora_tune.cli_data import DataFiles
 from qlora_tune.config import AUTO, ResolvedConfig, TrainConfig, resolve_config
 from qlora_tune.contracts import NO_CONTRACTS, read_contracts
@@ -201,7 +202,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
         f"{setup.precision}, on {setup.device.name}\n"
         f"{setup.total_steps(config)} steps of {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} = {effective} rows{several}, learning rate {config.learning_rate:g}, "
-        f"LoRA r {config.lora_r}"
+        f"{describe_adapter(config)}"
     )
     for file, notes in setup.data.report.notes.items():
         for note in notes:

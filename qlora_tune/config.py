@@ -84,11 +84,14 @@ class TrainConfig(BaseModel):
     max_length: int = setting(
         1024, "Data", "Longest sequence; rows that are longer are left out and counted.", "tokens", ge=16, le=1_000_000
     )
-
     long_chats: Literal["cut", "split"] = setting(
         "cut", "Data", "A chat beyond max_length: `cut` after the last turn that fits, or `split` into several chats."
     )
 
+    peft_type: Literal["LORA", "PROMPT_TUNING", "PREFIX_TUNING"] = setting(
+        "LORA", "LoRA", "LoRA, or virtual tokens before each row (docs/adapters.md), which train the plain way."
+    )
+    num_virtual_tokens: int = setting(20, "LoRA", "Virtual tokens; they take of the context.", "tokens", ge=1, le=1024)
     lora_r: int = setting(16, "LoRA", "Rank of the adapter.", ge=1, le=1024)
     lora_alpha: float = setting(32, "LoRA", "Scaling: the update is multiplied by lora_alpha / lora_r.", gt=0, le=4096)
     lora_dropout: float = setting(
@@ -99,6 +102,9 @@ class TrainConfig(BaseModel):
     )
     use_rslora: bool = setting(False, "LoRA", "Scale by lora_alpha / sqrt(lora_r) instead (arXiv 2312.03732).")
     use_dora: bool = setting(False, "LoRA", "Learn magnitude and direction apart (DoRA, arXiv 2402.09353); slower.")
+    init_lora_weights: Literal["default", "gaussian", "loftq", "olora", "pissa", "pissa_niter_16"] = setting(
+        "default", "LoRA", "What LoRA begins with (docs/adapters.md); olora and pissa need an unquantized base."
+    )
 
     num_train_epochs: float = setting(3.0, "Training", "Passes over the training rows.", "epochs", gt=0, le=1000)
     max_steps: int = setting(-1, "Training", "Stop after this many optimizer steps; -1 for no limit.", "steps", ge=-1)
@@ -119,11 +125,7 @@ class TrainConfig(BaseModel):
         "auto", "Training", "Optimizer, by Transformers' name; `auto`: paged_adamw_8bit on CUDA, else adamw_torch."
     )
     neftune_noise_alpha: float | None = setting(
-        None,
-        "Training",
-        "Noise on the embeddings in training (NEFTune, arXiv 2310.05914); 5 is usual.",
-        gt=0,
-        le=1000,
+        None, "Training", "Noise on the embeddings in training (NEFTune, arXiv 2310.05914); 5 is usual.", gt=0, le=1000
     )
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "Training", "Recompute activations in the backward pass: slower, far less memory; `auto`: where needed."
@@ -152,7 +154,6 @@ class TrainConfig(BaseModel):
     contracts: str | None = setting(
         None, "Evaluation", "TOML file of what the answers of each task must hold: labels, regex, JSON schema, length."
     )
-
     plain_text: str | None = setting(
         "auto", "Evaluation", "Text file whose loss before and after shows what was forgotten; `auto`: a shipped page."
     )
@@ -207,6 +208,11 @@ class TrainConfig(BaseModel):
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience keeps the best adapter, so it needs load_best_model_at_end")
         return self
+
+    @field_validator("fast")
+    @classmethod
+    def _virtual_tokens_go_the_plain_way(cls, value: bool, info: ValidationInfo) -> bool:
+        return value and info.data.get("peft_type", "LORA") == "LORA"
 
     @field_validator("run_name")
     @classmethod

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_tune import adapters
 from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.card import Form, public_text, write_model_card
@@ -33,7 +34,7 @@ from qlora_tune.runs import Run, read_json
 from qlora_tune.shapes import Example
 
 # Only these files leave: what a trainer writes beside them holds local paths.
-ADAPTER_FILES = ("adapter_model.safetensors", models.ADAPTER_RECORD)
+ADAPTER_FILES = ("adapter_model.safetensors", adapters.ADAPTER_RECORD)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,7 +67,16 @@ class Trained:
     def load(self, adapter: Path | None = None) -> Any:
         """Load the base as it was in training, with this adapter or another one of the same base."""
         model = models.load_base(self.base, self.device, self.precision, self.quantization)
-        return models.load_adapter(model, adapter or self.adapter, self.base)
+        return adapters.load_adapter(model, adapter or self.adapter, self.base)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens the adapter puts before each sequence; 0 where it is LoRA."""
+        return int(read_json(self.adapter / "adapter_config.json").get("num_virtual_tokens", 0))
+
+    def context_length(self) -> int:
+        """The longest prompt with its answer that the base was made for [tokens]."""
+        return (self.base.context_length() or 1 << 30) - self.virtual_tokens
 
     @models.one_at_a_time
     def load_merged(self, folder: Path) -> Any:
@@ -88,10 +98,10 @@ def open_adapter(adapter: Path, base: str | None = None) -> Trained:
 
     Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
     """
-    record = models.read_adapter_record(adapter)
+    record = adapters.read_adapter_record(adapter)
     found = find_base(base or record["base_model"], None if base else record["base_revision"])
     if found.fingerprint != record["base_fingerprint"]:
-        models.refuse_other_base(adapter, record, found)
+        adapters.refuse_other_base(adapter, record, found)
     quantization = Quantization(
         record["load_in_4bit"], record["bnb_4bit_quant_type"], record["bnb_4bit_use_double_quant"]
     )
@@ -147,6 +157,8 @@ def merge_adapter(
 
     if target.exists():
         raise ExportError(f"{target} is there already. Delete it, or choose another place (--output).")
+    if trained.virtual_tokens:
+        raise ExportError("Virtual tokens change no weight, so nothing can be merged. Export the adapter as a zip.")
     rows, private = compared_rows(run), find_private(run, trained.base.path)
     original = replace(trained, quantization=Quantization(load_in_4bit=False))
     source = original if into == "original" else trained
@@ -215,7 +227,7 @@ def _merge(trained: Trained, dtype: str) -> Any:
     model = models.load_base(trained.base, trained.device, trained.precision, trained.quantization)
     if trained.quantization.load_in_4bit:
         model = model.dequantize()
-    tuned = models.load_adapter(model, trained.adapter, trained.base)
+    tuned = adapters.load_adapter(model, trained.adapter, trained.base)
     for layer in tuned.modules():
         if isinstance(layer, BaseTunerLayer):
             weights = layer.get_base_layer().to(torch.float32)
@@ -231,9 +243,9 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
     config["base_model_name_or_path"] = trained.base.label
     config["revision"] = trained.base.revision
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    record = read_json(source / models.ADAPTER_RECORD)
+    record = read_json(source / adapters.ADAPTER_RECORD)
     record["base_model"] = trained.base.label
-    (folder / models.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / adapters.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_generation_config(trained, folder)
     _write_papers(trained, run, folder, None, "adapter")
 
@@ -293,7 +305,7 @@ def _compare_adapters(trained: Trained, folder: Path, rows: list[Example]) -> Pa
     """Compare an unpacked adapter with the trained one, both on one base. Raises ExportError where they differ."""
     refuse_other_format(trained.chat, folder, rows)
     model = trained.load(folder)
-    models.load_adapter(model, trained.adapter, trained.base, "trained")
+    adapters.load_adapter(model, trained.adapter, trained.base, "trained")
 
     def ready(name: str) -> Any:
         model.set_adapter(name)

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
+from qlora_tune.adapters import virtual_cache, virtual_tokens
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
 from qlora_tune.layers import only_adapter, weight_of
@@ -98,8 +99,7 @@ def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], ma
     stops = set(stop_ids(chat))
     rows: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
-    inputs = _pad_left(prompts, chat.tokenizer.pad_token_id)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    model, inputs = _behind_virtual_tokens(model, _pad_left(prompts, chat.tokenizer.pad_token_id))
     left = max_new_tokens
     while True:
         found = model.generate(
@@ -150,7 +150,8 @@ def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_n
 
 def context_length(model: Any) -> int:
     """The longest sequence that a model was made for [tokens]."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    whole = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return whole - virtual_tokens(model)
 
 
 def stream_reply(
@@ -185,8 +186,9 @@ def stream_reply(
     def work() -> None:
         try:
             with faster_answers(model), torch.inference_mode():
-                model.generate(
-                    **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                answerer, given = _behind_virtual_tokens(model, inputs)
+                answerer.generate(
+                    **given,
                     generation_config=_generation_config(chat, room, temperature, top_p),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
@@ -330,6 +332,22 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _behind_virtual_tokens(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What answers, and its inputs on its device.
+
+    Virtual tokens stand before the padding, already read: any ids hold their places.
+    """
+    from torch.nn.functional import pad
+
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    count = virtual_tokens(model)
+    if not count:
+        return model, inputs
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    inputs = {"input_ids": pad(ids, (count, 0)), "attention_mask": pad(mask, (count, 0), value=1)}
+    return model.get_base_model(), inputs | {"past_key_values": virtual_cache(model, len(ids))}
 
 
 def decode_answer(chat: ChatFormat, tokens: list[int]) -> str:

@@ -134,6 +134,10 @@ def read_peft_pairs(adapter: Path) -> dict[str, LoraPair]:
     from safetensors.torch import load_file
 
     config = read_json(adapter / "adapter_config.json")
+    if config["peft_type"] != "LORA":
+        raise ExportError(
+            f"GGUF has no place for the virtual tokens of {config['peft_type']}. Export the zip, which PEFT loads."
+        )
     if config["use_dora"]:
         raise ExportError("GGUF has no place for DoRA's magnitudes. Export the merged model: --merged.")
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tune import model as models
-from qlora_tune import processes, runs
+from qlora_tune import adapters, processes, runs
 from qlora_tune.base import BaseModel
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError, RunError
@@ -20,6 +19,7 @@ from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.recipe import read_versions
 from qlora_tune.runs import Run
 
+START = "start"  # folder of a run: while it trains, what its adapter's initialisation took out of the base
 # What is kept of what a trainer logs; those with rewards come from preference training.
 MEASURED = (
     *("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"),
@@ -256,7 +256,6 @@ def save_adapter(
     model: Any, run: Run, base: BaseModel, tokenizer: Any, quantization: Quantization, precision: Precision
 ) -> None:
     """Leave the adapter, its tokenizer with chat template, and its base's fingerprint in the run's folder."""
-    model.save_pretrained(run.adapter, safe_serialization=True)
-    (run.adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form; export writes the real card
+    adapters.save_adapter_files(model, run.adapter, run.path / START)
     tokenizer.save_pretrained(run.adapter)
-    models.write_adapter_record(run.adapter, base, quantization, precision)
+    adapters.write_adapter_record(run.adapter, base, quantization, precision)

@@ -85,7 +85,8 @@ def _score_batch(model: Any, batch: Sequence[PackedSequence]) -> list[float]:
     learned = targets != IGNORED
 
     def keep_learned(module: Any, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, :-1][learned].unsqueeze(0)
+        states = output.last_hidden_state[:, -ids.shape[1] : -1]  # without those of virtual tokens
+        output.last_hidden_state = states[learned].unsqueeze(0)
         return output
 
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 from qlora_tune import processes
+from qlora_tune.adapters import is_named, unknown_names, virtual_tokens_of
 from qlora_tune.base import BaseModel
 from qlora_tune.base_shape import BaseShape, read_shape
 from qlora_tune.config import TrainConfig
 from qlora_tune.layout import BATCH_ROUND, BLOCK, HEAD_ROWS, HEAD_WORDS, LONGEST_PLAIN, WHOLE, group_rows, query_blocks
-from qlora_tune.model import Device, Precision, is_named, unknown_names
+from qlora_tune.model import Device, Precision
 from qlora_tune.prepare import PAD_TO, SHORT_ROWS, optimizer_of
 
 CPU_TOKENS = 4096  # a tenth faster than 2,048 on a base of 135M, for 1.3 GB more
@@ -85,7 +86,7 @@ def possible_fits(config: TrainConfig, device: Device, longest: int) -> list[Fit
         sizes.append(max(longest, sizes[-1] // 2))
     wanted = config.activation_checkpointing
     fits = [] if wanted == "on" else [Fit(sizes[0], False, True), *(Fit(size, False, False) for size in sizes)]
-    if wanted != "off":
+    if wanted != "off" and config.peft_type != "PREFIX_TUNING":
         fits += [Fit(size, True, False) for size in sizes]
         fits += [Fit(longest, True, False, offload=True)] if device.kind == "cuda" and config.fast else []
     return fits
@@ -131,13 +132,12 @@ def estimate_memory(
     on_cpu = device.kind == "cpu"
     unit = 4 if precision == "float32" else 2
     fit = fit or possible_fits(config, device, max(lengths))[0]
-    adapted = _adapted(shape, config)
     parts = _weight_bytes(shape, config, unit)
-    parts["adapter and optimizer"] = _adapter_parameters(adapted, config) * _adapter_bytes(config, device)
+    parts["adapter and optimizer"] = _adapter_parameters(shape, config) * _adapter_bytes(config, device)
     if config.fast:
         parts |= _fast_bytes(shape, config, fit, lengths, learned_share, unit, on_cpu)
     else:
-        parts |= _plain_bytes(shape, config, fit, max(lengths), learned_share, unit, on_cpu)
+        parts |= _plain_bytes(shape, config, fit, max(lengths) + virtual_tokens_of(config), learned_share, unit, on_cpu)
     parts["libraries"] = CPU_LIBRARIES if on_cpu else CUDA_LIBRARIES
     return MemoryEstimate(parts)
 
@@ -164,7 +164,7 @@ def _fast_bytes(
     tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
     passing = PASSING * (copies + tile) if on_cpu else max(copies, tile + learned * shape.hidden * (2 * unit + 8))
-    parameters = _adapter_parameters(adapted, config)
+    parameters = _adapter_parameters(shape, config)
     parts = {
         "activations": int(held + by_kernel),
         "temporary copies and loss head": int(passing),
@@ -246,7 +246,7 @@ def _plain_bytes(
     parts = {
         "activations": int(tokens * _activation_bytes(shape, config, fit.checkpointing, on_cpu, unit, longest)),
         "loss head": _head_bytes(shape, int(tokens * learned_share), on_cpu, unit),
-        "adapter in compute precision": _adapter_parameters(_adapted(shape, config), config) * (2 if unit == 2 else 0),
+        "adapter in compute precision": _adapter_parameters(shape, config) * (2 if unit == 2 else 0),
     }
     if on_cpu:
         parts["kernels by row length"] = _kernel_bytes(config, longest)
@@ -299,7 +299,7 @@ def _weight_bytes(shape: BaseShape, config: TrainConfig, unit: int) -> dict[str,
 
 def _adapted(shape: BaseShape, config: TrainConfig) -> list[tuple[int, int]]:
     """Sizes of the linear layers that get an adapter, by PEFT's rule: the whole name, or its last parts."""
-    names = config.lora_target_modules
+    names = config.lora_target_modules if config.peft_type == "LORA" else []
     if names == ["all-linear"]:
         return list(shape.linear.values())
     return [size for name, size in shape.linear.items() if any(is_named(name, t) for t in names)]
@@ -310,8 +310,10 @@ def unknown_targets(base: BaseModel, targets: Sequence[str]) -> list[str]:
     return [] if list(targets) == ["all-linear"] else unknown_names(targets, read_shape(base).linear)
 
 
-def _adapter_parameters(adapted: Sequence[tuple[int, int]], config: TrainConfig) -> int:
-    return sum(config.lora_r * (rows + columns) + config.use_dora * rows for rows, columns in adapted)
+def _adapter_parameters(shape: BaseShape, config: TrainConfig) -> int:
+    each = shape.hidden if config.peft_type == "PROMPT_TUNING" else 2 * shape.layers * shape.key_value
+    lora = sum(config.lora_r * (rows + columns) + config.use_dora * rows for rows, columns in _adapted(shape, config))
+    return lora + virtual_tokens_of(config) * each
 
 
 def _adapter_bytes(config: TrainConfig, device: Device) -> int:

@@ -1,6 +1,6 @@
-"""Tokenizer, 4-bit base model and adapter: found, loaded and checked against each other.
+"""Tokenizer and 4-bit base model: found and loaded.
 
-Station between the tokenized rows and training, scoring and chat. Only safetensors are read, and code that comes
+Station between the tokenized rows and the adapter. Only safetensors are read, and code that comes
 with a model is never run.
 """
 
@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import logging
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from qlora_tune import processes
 from qlora_tune.base import BaseModel
-from qlora_tune.chat_format import IGNORED, ChatFormat, ensure_chat_template
+from qlora_tune.chat_format import ChatFormat, ensure_chat_template
 from qlora_tune.errors import ModelError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Precision = Literal["bfloat16", "float16", "float32"]
-ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
 @dataclass(frozen=True)
@@ -215,178 +213,6 @@ def _let_go_of_file(model: Any) -> None:
     for parameter in model.parameters():
         if not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.clone()
-
-
-def attach_adapter(
-    model: Any,
-    *,
-    lora_r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    target_modules: Sequence[str],
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    seed: int = 42,
-) -> Any:
-    """Put a fresh LoRA adapter (arXiv 2106.09685) on a base model. Raises ModelError for unknown layer names."""
-    import torch
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    torch.manual_seed(seed)
-    targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
-    if targets != "all-linear":
-        _check_targets(model, target_modules)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=targets,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        bias="none",
-    )
-    return get_peft_model(model, config)
-
-
-def _check_targets(model: Any, target_modules: Sequence[str]) -> None:
-    """Every name must mean a linear layer: PEFT passes over unknown ones, and TRL's loss over an adapted head."""
-    head = model.get_output_embeddings()
-    linear = {name for name, part in model.named_modules() if "Linear" in type(part).__name__ and part is not head}
-    if unknown := unknown_names(target_modules, linear):
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(
-            f"lora_target_modules: {', '.join(unknown)} is no linear layer of this model. Expected all-linear, or some "
-            f"of {', '.join(known)}."
-        )
-
-
-def is_named(layer: str, target: str) -> bool:
-    """Whether a target means a layer, by PEFT's rule: its whole name, or the last parts of it."""
-    return layer == target or layer.endswith(f".{target}")
-
-
-def unknown_names(targets: Sequence[str], layers: Collection[str]) -> list[str]:
-    """Those of the targets that mean none of the layers."""
-    return [target for target in targets if not any(is_named(layer, target) for layer in layers)]
-
-
-def keep_adapter_in_fp32(model: Any) -> None:
-    """Cast everything that is trained to float32.
-
-    TRL casts QLoRA adapters to bfloat16, where small steps round to nothing: at a learning rate of 2e-5 only 13 %
-    of lora_A had moved after 10 steps, against 100 % in float32 (docs/log.md).
-    """
-    import torch
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-
-
-@contextmanager
-def only_learned(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inputs with which the output head scores only the positions whose next token is learned.
-
-    The loss ignores all others. TRL drops them itself where Triton runs; elsewhere they took a fifth of a step.
-    """
-    from torch.nn.functional import pad
-
-    targets = pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
-    learned = targets != IGNORED
-
-    def select(module: Any, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[learned].unsqueeze(0)
-        return output
-
-    kept = {name: value for name, value in inputs.items() if name != "labels"}
-    hook = model.get_base_model().base_model.register_forward_hook(select)
-    try:
-        yield kept | {"shift_labels": targets[learned].unsqueeze(0)}
-    finally:
-        hook.remove()
-
-
-RECORD_KEYS = {
-    "base_model",
-    "base_revision",
-    "base_fingerprint",
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "precision",
-}
-
-
-def write_adapter_record(folder: Path, base: BaseModel, quantization: Quantization, precision: Precision) -> None:
-    """Keep beside an adapter which base it belongs to, and how that was held: what else it meets is another model."""
-    record = {
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "base_fingerprint": base.fingerprint,
-        "load_in_4bit": quantization.load_in_4bit,
-        "bnb_4bit_quant_type": quantization.quant_type,
-        "bnb_4bit_use_double_quant": quantization.double_quant,
-        "precision": precision,
-    }
-    (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter_record(folder: Path) -> dict[str, Any]:
-    """Read what write_adapter_record wrote. Raises ModelError when the folder holds no adapter of ours."""
-    files = ("adapter_model.safetensors", "adapter_config.json", ADAPTER_RECORD)
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ModelError(
-            f"{folder}: no adapter made by qlora-tune ({', '.join(missing)} missing). Expected a run's adapter "
-            "folder or an unpacked export."
-        )
-    try:
-        record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not set(record) >= RECORD_KEYS:
-        raise ModelError(f"{folder / ADAPTER_RECORD}: is damaged. Export the adapter again.")
-    return record
-
-
-@one_at_a_time
-def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default") -> Any:
-    """Put an adapter on its base, also beside others. Raises ModelError for another base or for other tensors."""
-    from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
-
-    record = read_adapter_record(folder)
-    if record["base_fingerprint"] != base.fingerprint:
-        refuse_other_base(folder, record, base)
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            stored = set(file.keys())
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, name)
-        else:
-            model = PeftModel.from_pretrained(model, folder, name)
-    except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: the adapter is damaged: {error}") from None
-    expected = {
-        parameter.replace(f".{name}.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        for parameter, _ in model.named_parameters()
-        if "lora_" in parameter and f".{name}." in parameter
-    }
-    if stored != expected:
-        raise ModelError(
-            f"{folder}: the adapter file has {len(stored)} tensors, the model expects {len(expected)}, and "
-            f"{len(stored ^ expected)} names differ. The file is incomplete or was changed."
-        )
-    return model
-
-
-def refuse_other_base(folder: Path, record: dict[str, Any], base: BaseModel) -> NoReturn:
-    """Raise ModelError naming both bases."""
-    raise ModelError(
-        f"{folder}: this adapter was trained on {record['base_model']} (weights {record['base_fingerprint'][:12]}), "
-        f"but the base given is {base.name} (weights {base.fingerprint[:12]}). On another base it answers nonsense; "
-        "give the base it was trained on."
-    )
 
 
 def _keep_4bit_weights_trainable(model: Any) -> None:

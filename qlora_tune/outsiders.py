@@ -52,8 +52,7 @@ def open_outsider(adapter: Path, model_name_or_path: str | None, load_in_4bit: b
     trained = open_adapter(adapter, model_name_or_path)
     recipe = read_recipe(adapter / RECIPE) if (adapter / RECIPE).is_file() else None
     seen = frozenset(file.sha256 for file in recipe.data_files if file.use == "training") if recipe else None
-    context = trained.base.context_length() or 1 << 30
-    return Outsider(trained.load(), trained.chat, trained.base.name, context, seen)
+    return Outsider(trained.load(), trained.chat, trained.base.name, trained.context_length(), seen)
 
 
 def find_rows(outsider: Outsider, files: Sequence[str]) -> tuple[list[Example], DataReport]:

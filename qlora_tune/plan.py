@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
+from qlora_tune.adapters import describe_adapter, refuse_untrainable
 from qlora_tune.base import download_bytes, fetch_config, is_local
 from qlora_tune.config import (
     BUILTIN,
@@ -80,6 +81,7 @@ def plan_run(flags: Mapping[str, Any]) -> Plan:
     warnings: list[str] = []
     memory = None
     try:
+        refuse_untrainable(config)
         refuse_rotation(config)
         refuse_other_device(config.preset, device)
         if is_local(config.model_name_or_path):
@@ -125,6 +127,7 @@ def pick_here() -> tuple[str, str]:
 _PREPARED = {
     *("preset", "model_name_or_path", "model_revision", "dtype", "chat_template", "data", "heldout_data"),
     *("map", "encoding", "heldout_share", "holdout_tasks", "max_length", "long_chats", "seed"),
+    *("peft_type", "num_virtual_tokens"),
 }
 
 
@@ -136,7 +139,7 @@ def _prepare(settings: str, data_fingerprint: str) -> Setup:
 
 def _base_words(config: TrainConfig) -> str:
     held = f"in 4-bit {config.bnb_4bit_quant_type}" if config.load_in_4bit else "unquantized"
-    return f"{config.model_name_or_path}, {held}, LoRA r {config.lora_r}"
+    return f"{config.model_name_or_path}, {held}, {describe_adapter(config)}"
 
 
 def _fit_words(config: TrainConfig, fit: Fit) -> str:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tune import adapters, runs
 from qlora_tune import data as rows
-from qlora_tune import model as models
-from qlora_tune import runs
 from qlora_tune.base import find_base
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import DataError, RunError, join_problems
@@ -112,7 +111,7 @@ def find_origin(name: Path, runs_dir: str) -> Origin:
     if (name / "adapter_config.json").is_file():
         name = name.resolve()
         if not (name.parent / "state.json").is_file():
-            return Origin(name, None)
+            return Origin(_with_lora(name), None)
         name = name.parent
     run = runs.open_run(name, runs_dir)
     run.require_adapter()
@@ -121,7 +120,15 @@ def find_origin(name: Path, runs_dir: str) -> Origin:
             f"{run.path}: is trained on preferences already. Begin with the run before it, and name all pairs: they "
             "are then held against one reference."
         )
-    return Origin(run.adapter, run)
+    return Origin(_with_lora(run.adapter), run)
+
+
+def _with_lora(adapter: Path) -> Path:
+    """The adapter's folder. Raises RunError where it holds virtual tokens."""
+    kind = runs.read_json(adapter / "adapter_config.json")["peft_type"]
+    if kind != "LORA":
+        raise RunError(f"{adapter}: is of type {kind}; preferences are learned by LoRA adapters. Begin with one.")
+    return adapter
 
 
 def make_settings(origin: Origin, data: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
@@ -210,7 +217,7 @@ def prefer(
 
 def _settings_of(adapter: Path) -> TrainConfig:
     """The settings that an adapter itself knows; nothing says what it was trained on."""
-    record = models.read_adapter_record(adapter)
+    record = adapters.read_adapter_record(adapter)
     lora = runs.read_json(adapter / "adapter_config.json")
     context = find_base(record["base_model"], record["base_revision"]).context_length()
     values = {

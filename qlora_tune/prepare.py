@@ -15,6 +15,7 @@ from typing import Any
 from qlora_tune import data as rows
 from qlora_tune import model as models
 from qlora_tune import processes
+from qlora_tune.adapters import refuse_untrainable, virtual_tokens_of
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.chat_format import ChatFormat, TokenizedExample, tokenize_examples
 from qlora_tune.config import AUTO, BUILTIN, TrainConfig, load_preset, shipped_path
@@ -103,12 +104,13 @@ def prepare(config: TrainConfig) -> Setup:
     device = models.detect_device()
     if config.preference_data:
         raise ConfigError("preference_data holds pairs, not rows. Train on them with: python -m qlora_tune prefer")
+    refuse_untrainable(config)
     refuse_rotation(config)
     if not config.fast:
         processes.deal_micro_batches(config.gradient_accumulation_steps)
     refuse_other_device(config.preset, device)
     base = find_base(config.model_name_or_path, config.model_revision)
-    refuse_longer_than_context(config.max_length, base)
+    refuse_longer_than_context(config.max_length, base, virtual_tokens_of(config))
     if config.contracts:
         read_contracts(Path(config.contracts))  # a faulty one is told now, not once the training is done
     find_plain_text(config)
@@ -140,13 +142,15 @@ def refuse_rotation(config: TrainConfig) -> None:
         )
 
 
-def refuse_longer_than_context(max_length: int, base: BaseModel) -> None:
-    """Raise ConfigError where rows could reach positions that the base was never trained on."""
+def refuse_longer_than_context(max_length: int, base: BaseModel, virtual: int = 0) -> None:
+    """Raise ConfigError where rows, behind virtual tokens, could reach positions that the base never was trained on."""
     context = base.context_length()
-    if context and max_length > context:
+    if context and max_length + virtual > context:
+        behind = f" behind {virtual} virtual ones" if virtual else ""
         raise ConfigError(
-            f"max_length is {max_length} tokens, and base {base.label} has a context of {context}: it has never seen "
-            f"later positions. Use --max-length {context} or less; longer rows are then left out and counted."
+            f"max_length is {max_length} tokens{behind}, and base {base.label} has a context of {context}: it has "
+            f"never seen later positions. Use --max-length {context - virtual} or less; longer rows are then left out "
+            "and counted."
         )
 
 

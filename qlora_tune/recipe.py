@@ -141,6 +141,8 @@ def read_recipe(path: Path) -> Recipe:
 def describe_method(config: TrainConfig) -> str:
     """How a model was tuned, in the words of papers."""
     method = "QLoRA" if config.load_in_4bit else "LoRA"
+    if config.peft_type != "LORA":
+        method = config.peft_type.lower().replace("_", " ")
     loss = "DPO" if config.loss_type == "sigmoid" else "IPO"
     return f"{method}, then trained on preference pairs ({loss})," if config.preference_data else method
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_tune.adapters import read_adapter_record
 from qlora_tune.base import find_base
 from qlora_tune.chat import find_adapter
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import ExportError, ModelError, join_problems
-from qlora_tune.model import read_adapter_record
 from qlora_tune.prepare import heldout_files, training_files
 from qlora_tune.recipe import RECIPE, Recipe, RecipeBase, make_recipe, read_recipe
 from qlora_tune.runs import Run, hash_file

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_tune import model as models
+from qlora_tune.adapters import load_adapter
 from qlora_tune.answer_files import LETTERS, Answers, Question, read_answers
 from qlora_tune.chat import find_adapter
 from qlora_tune.chat_format import ChatFormat
@@ -24,6 +25,10 @@ from qlora_tune.shapes import Example
 from qlora_tune.votes import NONE, TIE
 
 BASE = "base"  # the word for the bare base of the adapters
+APART = (
+    f"To compare these, let each answer beside its own {BASE} into a file (--output FILE.jsonl), and compare "
+    "FILE.jsonl#NAME of both."
+)
 
 
 @dataclass(frozen=True)
@@ -190,16 +195,17 @@ def _open(name: str, runs_dir: str, model_name_or_path: str | None, scratch: Pat
 
 def _refuse_other_base(*pair: tuple[str, Trained]) -> None:
     """Raise ModelError unless two adapters can stand on one loaded base."""
+    if len({each.virtual_tokens > 0 for _, each in pair}) > 1:
+        raise ModelError(
+            f"{' and '.join(name for name, _ in pair)}: PEFT puts LoRA and virtual tokens on no base together. {APART}"
+        )
     if len({(each.base.fingerprint, each.quantization, each.precision) for _, each in pair}) > 1:
         words = (
             f"{name} was trained on {each.base.name} (weights {each.base.fingerprint[:12]}, {each.precision}, "
             f"{each.quantization})"
             for name, each in pair
         )
-        raise ModelError(
-            f"{'; '.join(words)}. Expected adapters of one base, held in one way. To compare these, let each answer "
-            f"beside its own {BASE} into a file (--output FILE.jsonl), and compare FILE.jsonl#NAME of both."
-        )
+        raise ModelError(f"{'; '.join(words)}. Expected adapters of one base, held in one way. {APART}")
 
 
 def _to_question(example: Example, chat: ChatFormat | None) -> Question:
@@ -227,7 +233,7 @@ def _encode(panel: Panel, question: Question, limit: int) -> dict[str, list[int]
             tokens = trained.chat.encode_prompt(question.prompt, question.tools)
         except TemplateError:
             return None
-        if len(tokens) + limit > (trained.base.context_length() or len(tokens) + limit):
+        if len(tokens) + limit > trained.context_length():
             return None
         encoded[each.name] = tokens
     return encoded
@@ -248,7 +254,7 @@ def _ask_models(
     chats, places = {}, {}
     for number, (name, trained) in enumerate(panel.adapters):
         chats[name], places[name] = trained.chat, f"adapter{number}"  # PEFT takes no dots in names
-        model = models.load_adapter(model, trained.adapter, trained.base, places[name])
+        model = load_adapter(model, trained.adapter, trained.base, places[name])
 
     def ask(name: str, own: Sequence[list[int]]) -> list[str]:
         if name in places:

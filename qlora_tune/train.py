@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tune import adapters, processes, runs
 from qlora_tune import model as models
-from qlora_tune import processes, runs
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError
 from qlora_tune.fast import FastModel, fast_path, split_batch
 from qlora_tune.launch import lock_device
 from qlora_tune.lifecycle import (
+    START,
     begin,
     failures_recorded,
     find_checkpoint,
@@ -79,10 +80,16 @@ def train(
         if setup.data.unseen_examples:
             run.write_heldout(setup.data.unseen_examples, runs.UNSEEN)
         processes.share((run.path, checkpoint, setup.device.kind))
-        model = _load(config, setup)
+        model = _load(config, setup, run)
         status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop, on_note)
         if status == "finished":
-            save_adapter(model, run, setup.base, setup.tokenizer, quantization_of(config), setup.precision)
+            quantization = quantization_of(config)
+            save_adapter(model, run, setup.base, setup.tokenizer, quantization, setup.precision)
+            if config.init_lora_weights in adapters.REPLACING:  # without its adapter the model must be the base again
+                del model
+                models.free_memory()
+                model = models.load_base(setup.base, setup.device, setup.precision, quantization)
+                model = adapters.load_adapter(model, run.adapter, setup.base)
     run.update_state(status=status)
     return TrainResult(model, setup, status)
 
@@ -109,7 +116,7 @@ def train_along() -> None:
     with ExitStack() as stack:
         if kind == "cuda":  # a GPU of its own
             stack.enter_context(lock_device(kind)).write_holder(run)
-        model = _load(config, setup)
+        model = _load(config, setup, run)
         _train_adapter(model, config, run, setup, checkpoint, lambda entry: None, lambda: None, lambda text: None)
 
 
@@ -219,16 +226,7 @@ def _fits(model: Any, config: TrainConfig, setup: Setup, fit: Fit, fast: FastMod
     return True
 
 
-def _load(config: TrainConfig, setup: Setup) -> Any:
+def _load(config: TrainConfig, setup: Setup, run: Run) -> Any:
     """The base with a fresh adapter on it."""
     model = models.load_base(setup.base, setup.device, setup.precision, quantization_of(config))
-    return models.attach_adapter(
-        model,
-        lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        seed=config.seed,
-    )
+    return adapters.attach(model, config, setup.base, run.path / START)

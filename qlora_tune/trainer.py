@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from qlora_tune import model as models
-from qlora_tune import processes
+from qlora_tune import adapters, processes
 from qlora_tune.chat_format import IGNORED, TokenizedExample
 from qlora_tune.config import TrainConfig
 from qlora_tune.fast import FastModel, count_learned, split_batch
@@ -144,7 +143,7 @@ def build_trainer(
             return loader
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-            with models.only_learned(self.model, inputs) as fewer:
+            with adapters.only_learned(self.model, inputs) as fewer:
                 return super().compute_loss(model, fewer, *rest, **named)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -182,7 +181,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     if fast is None:
         trainer.data_collator = partial(_collate_padded, trainer.data_collator)
-    models.keep_adapter_in_fp32(model)
+    adapters.keep_adapter_in_fp32(model)
     return trainer
 
 

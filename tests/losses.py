@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qlora_tune import adapters
 from qlora_tune import model as models
 from qlora_tune.chat_format import IGNORED
 from qlora_tune.fast import FastModel, fast_path, split_batch
@@ -49,8 +50,8 @@ def load(builtin: Any, precision: Any, load_in_4bit: bool = True, **adapter: Any
 
 def adapt(model: Any, **changes: Any) -> Any:
     options = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["all-linear"], **changes}
-    adapted = models.attach_adapter(model, **options)
-    models.keep_adapter_in_fp32(adapted)
+    adapted = adapters.attach_adapter(model, **options)
+    adapters.keep_adapter_in_fp32(adapted)
     chance = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the adapter, and every gradient of lora_A

@@ -48,6 +48,7 @@ ORDER = [
     "base_shape",
     "processes",
     "model",
+    "adapters",
     "runs",
     "launch",
     "prepare",
@@ -147,7 +148,7 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
         "trl": {"trainer"},
-        "peft": {"model", "layers", "trainer", "export"},
+        "peft": {"adapters", "layers", "trainer", "export"},
         "bitsandbytes": {"layers", "doctor"},
         "gradio": {"page_review"},
     }

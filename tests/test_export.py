@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qlora_tune import export as exports
+from qlora_tune.adapters import load_adapter
 from qlora_tune.errors import ExportError, ModelError, RunError
 from qlora_tune.export import export_adapter, merge_adapter, open_adapter
 from qlora_tune.generate import generate_answers
-from qlora_tune.model import load_adapter, load_base
+from qlora_tune.model import load_base
 from qlora_tune.parity import Parity
 
 

@@ -15,8 +15,9 @@ from qlora_tune.shapes import Message
 @pytest.fixture(scope="module")
 def exact(finished: Any) -> tuple[Any, Any]:
     """The short run's model computed in float32, where batching changes nothing that greedy decoding could see."""
+    from qlora_tune.adapters import load_adapter
     from qlora_tune.export import open_adapter
-    from qlora_tune.model import load_adapter, load_base
+    from qlora_tune.model import load_base
 
     trained = open_adapter(finished[0].adapter)
     model = load_base(trained.base, trained.device, "float32", trained.quantization)
@@ -93,7 +94,8 @@ def noisy(builtin: Any, *, in_4bit: bool = True, precision: Any = "bfloat16", **
     """The built-in base with a fresh adapter that changes what it says. bfloat16 shows every change of rounding."""
     import torch
 
-    from qlora_tune.model import Quantization, attach_adapter, detect_device, load_base
+    from qlora_tune.adapters import attach_adapter
+    from qlora_tune.model import Quantization, detect_device, load_base
 
     base = load_base(builtin[0], detect_device(), precision, Quantization(load_in_4bit=in_4bit))
     sizes = {"lora_r": 8, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["all-linear"]}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_tune import adapters
 from qlora_tune import base as bases
 from qlora_tune import model as models
 from qlora_tune.config import shipped_path
@@ -25,7 +26,7 @@ def load(builtin: Any, **quantization: Any) -> Any:
 
 def adapted(builtin: Any, **changes: Any) -> Any:
     options = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["all-linear"], **changes}
-    return models.attach_adapter(load(builtin), **options)
+    return adapters.attach_adapter(load(builtin), **options)
 
 
 def test_the_base_is_loaded_in_nf4_with_double_quantization(builtin: Any) -> None:
@@ -39,7 +40,7 @@ def test_the_base_is_loaded_in_nf4_with_double_quantization(builtin: Any) -> Non
 
 def test_an_evaluation_does_not_change_the_gradients_of_training(builtin: Any) -> None:
     model = adapted(builtin)
-    models.keep_adapter_in_fp32(model)
+    adapters.keep_adapter_in_fp32(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
@@ -156,7 +157,7 @@ def test_an_adapter_is_refused_on_another_base(tmp_path: Path, finished: Any) ->
     other = changed_base(tmp_path)
     model = models.load_base(other, CPU, "bfloat16", Quantization())
     with pytest.raises(ModelError, match="was trained on builtin"):
-        models.load_adapter(model, finished[0].adapter, other)
+        adapters.load_adapter(model, finished[0].adapter, other)
 
 
 def test_an_incomplete_adapter_is_refused(tmp_path: Path, builtin: Any, finished: Any) -> None:
@@ -168,14 +169,14 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path, builtin: Any, finished
     del weights[next(iter(weights))]
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="incomplete or was changed"):
-        models.load_adapter(load(builtin), folder, builtin[0])
+        adapters.load_adapter(load(builtin), folder, builtin[0])
     whole = (finished[0].adapter / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
     with pytest.raises(ModelError, match="the adapter is damaged"):
-        models.load_adapter(load(builtin), folder, builtin[0])
+        adapters.load_adapter(load(builtin), folder, builtin[0])
     (folder / "qlora_tune.json").write_text("{}")
     with pytest.raises(ModelError, match="is damaged"):
-        models.load_adapter(load(builtin), folder, builtin[0])
+        adapters.load_adapter(load(builtin), folder, builtin[0])
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model.safetensors missing"):
-        models.load_adapter(load(builtin), folder, builtin[0])
+        adapters.load_adapter(load(builtin), folder, builtin[0])

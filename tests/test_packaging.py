@@ -76,7 +76,7 @@ def helps() -> str:
     return words.getvalue() + page.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/scores.md", "docs/adapters.md"])
 def test_every_command_and_flag_that_a_page_names_exists(page: str, helps: str) -> None:
     text = re.sub(r"accelerate launch .*? -m qlora_tune", "python -m qlora_tune", (ROOT / page).read_text())
     commands = set(re.findall(r"python -m qlora_tune ([a-z]+)", text))

@@ -20,10 +20,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_votes import cast
 
+from qlora_tune.adapters import load_adapter
 from qlora_tune.data import load_examples
 from qlora_tune.errors import ConfigError, RunError
 from qlora_tune.export import open_adapter
-from qlora_tune.model import load_adapter
 from qlora_tune.pair_scores import PairScore, PairScores, score_pairs
 from qlora_tune.prefer import REFERENCE, PreferResult, find_origin, make_settings, prefer, prepare_preferences
 from qlora_tune.prepare import other_examples

@@ -94,7 +94,8 @@ def test_the_batch_changes_nothing(
 
 
 def test_a_fresh_adapter_scores_as_its_base(builtin: Any, sample: list[Example]) -> None:
-    from qlora_tune.model import Quantization, attach_adapter, detect_device, load_base
+    from qlora_tune.adapters import attach_adapter
+    from qlora_tune.model import Quantization, detect_device, load_base
 
     base = load_base(builtin[0], detect_device(), "float32", Quantization())
     before = score_ifd(base, builtin[2], sample[:10], 512, 4)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import settings
 
-from qlora_tune import lifecycle
-from qlora_tune import model as models
+from qlora_tune import adapters, lifecycle
 from qlora_tune import train as training
+from qlora_tune.adapters import attach_adapter, only_learned
 from qlora_tune.data import load_examples
 from qlora_tune.errors import DataError, MemoryLimitError, RunError
-from qlora_tune.model import attach_adapter, load_base, only_learned
+from qlora_tune.model import load_base
 from qlora_tune.prepare import other_examples, prepare, quantization_of
 from qlora_tune.runs import Run, keep_whole_checkpoints, new_run, step_of
 
@@ -63,7 +63,7 @@ def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path, fast: 
     during: list[set[torch.dtype]] = []
     run = new_run(config)
     holder: dict[str, Any] = {}
-    keep = models.keep_adapter_in_fp32
+    keep = adapters.keep_adapter_in_fp32
 
     def watch(model: Any) -> None:
         keep(model)
@@ -73,7 +73,7 @@ def test_adapter_weights_are_float32_and_all_of_them_move(tmp_path: Path, fast: 
         during.append({p.dtype for p in holder["model"].parameters() if p.requires_grad})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "keep_adapter_in_fp32", watch)
+        patch.setattr(adapters, "keep_adapter_in_fp32", watch)
         result = training.train(config, run, setup, on_metrics=look)
     assert during
     assert all(dtypes == {torch.float32} for dtypes in during)
@@ -237,15 +237,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
     config = short(tmp_path, max_steps="8", eval_steps="8", heldout_share="0")
     run = new_run(config)
     setup = prepare(config)
-    attach = training._attach
+    attach = adapters.attach
 
-    def poisoned(model: Any, config: Any) -> Any:
-        adapted = attach(model, config)
+    def poisoned(*given: Any) -> Any:
+        adapted = attach(*given)
         torch.nn.init.constant_(next(p for n, p in adapted.named_parameters() if "lora_A" in n), float("nan"))
         return adapted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_attach", poisoned)
+        patch.setattr(adapters, "attach", poisoned)
         with pytest.raises(RunError, match="not a finite number at step 1"):
             training.train(config, run, setup)
     assert run.read_state()["status"] == "failed"
