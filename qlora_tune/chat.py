@@ -134,7 +134,7 @@ def load_chat(adapter: Path, model_name_or_path: str | None = None, merged: Path
 
 def list_adapters(runs_dir: str | Path) -> dict[str, Path]:
     """The adapters that can be talked to, by name: of runs, newest first, then those opened from a zip."""
-    tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.has_adapter}
+    tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.can_answer}
     opened = sorted((Path(runs_dir) / UPLOADS).glob("*/adapter_config.json"))
     return tuned | {f"{path.parent.name} (opened)": path.parent for path in opened}
 

@@ -18,6 +18,7 @@ from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.cli_evaluate import evaluate
 from qlora_tune.cli_prefer import prefer, votes
+from qlora_tune.cli_reward import reward
 from qlora_tune.cli_share import push, reproduce
 from qlora_tune.cli_train import (
     ConfigFile,
@@ -45,7 +46,7 @@ after, export."""
 
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
-for command in (train, prefer, evaluate, compare, votes, reproduce, check, mix, select, pairs):
+for command in (train, prefer, reward, evaluate, compare, votes, reproduce, check, mix, select, pairs):
     app.command(command)
 
 

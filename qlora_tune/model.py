@@ -28,6 +28,7 @@ from qlora_tune.errors import ModelError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Precision = Literal["bfloat16", "float16", "float32"]
+REWARD_HEAD = "base_model.model.score.weight"  # beside a reward model's LoRA weights, in the same file
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 
 
@@ -170,11 +171,14 @@ def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain
 
 
 @one_at_a_time
-def load_base(base: BaseModel, device: Device, precision: Precision, quantization: Quantization) -> Any:
-    """Load a base model for training or answering, its linear layers in 4 bits unless that is switched off."""
+def load_base(
+    base: BaseModel, device: Device, precision: Precision, quantization: Quantization, *, scalar: bool = False
+) -> Any:
+    """Load a base, its linear layers in 4 bits unless that is off; `scalar`: with a score head instead of words."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+    kind, more = (AutoModelForSequenceClassification, {"num_labels": 1}) if scalar else (AutoModelForCausalLM, {})
     dtype = getattr(torch, precision)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -185,8 +189,9 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
     )
     try:
         with whole_heap():  # each weight comes in full precision, and is gone once quantized
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 base.path,
+                **more,
                 dtype=dtype,
                 device_map={"": 0 if device.kind == "cuda" else "cpu"},
                 quantization_config=config if quantization.load_in_4bit else None,
@@ -225,17 +230,18 @@ def attach_adapter(
     use_rslora: bool = False,
     use_dora: bool = False,
     seed: int = 42,
+    task_type: str = "CAUSAL_LM",
 ) -> Any:
     """Put a fresh LoRA adapter (arXiv 2106.09685) on a base model. Raises ModelError for unknown layer names."""
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     if targets != "all-linear":
         _check_targets(model, target_modules)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -306,13 +312,8 @@ def only_learned(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 RECORD_KEYS = {
-    "base_model",
-    "base_revision",
-    "base_fingerprint",
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "precision",
+    *("base_model", "base_revision", "base_fingerprint", "precision"),
+    *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
 }
 
 
@@ -370,7 +371,7 @@ def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default
         for parameter, _ in model.named_parameters()
         if "lora_" in parameter and f".{name}." in parameter
     }
-    if stored != expected:
+    if stored - {REWARD_HEAD} != expected:
         raise ModelError(
             f"{folder}: the adapter file has {len(stored)} tensors, the model expects {len(expected)}, and "
             f"{len(stored ^ expected)} names differ. The file is incomplete or was changed."

@@ -79,9 +79,11 @@ ORDER = [
     "export",
     "prefer",
     "hub_models",
+    "reward_model",
     "chat",
     "side_by_side",
     "outsiders",
+    "reward",
     "terminal",
     "terminal_report",
     "flags",
@@ -93,6 +95,7 @@ ORDER = [
     "cli_train",
     "cli_evaluate",
     "cli_prefer",
+    "cli_reward",
     "cli_compare",
     "reproduce",
     "cli_share",
@@ -141,7 +144,7 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
         "trl": {"trainer"},
-        "peft": {"model", "layers", "trainer", "export"},
+        "peft": {"model", "layers", "trainer", "export", "reward_model"},
         "bitsandbytes": {"layers"},
         "gradio": set(),
     }
