@@ -120,7 +120,7 @@ def train_reward_model(
         if not setup.heldout:
             return None
         head = read_head(run.adapter, model.device)
-        rewards = RewardModel(run.name, model, "default", head, trained.chat, None)
+        rewards = RewardModel(model, "default", head, trained.chat, None)
         scores = score_pair_rewards(rewards, setup.heldout, config.per_device_eval_batch_size)
         figures = {name: getattr(scores, name) for name in ("accuracy", "longer", "gain", "margin")}
         pairs = [asdict(pair) for pair in scores.pairs]

@@ -5,21 +5,23 @@ It is the second step of InstructGPT (arXiv 2203.02155). The reward is read at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_tune import model as models
+from qlora_tune.answer_files import Answers
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import ModelError, TemplateError
 from qlora_tune.export import Trained, open_adapter
 from qlora_tune.preferences import read_kept_pairs
 from qlora_tune.runs import open_run
+from qlora_tune.scores import Interval, bootstrap_mean
 from qlora_tune.tool_text import Tools
 from qlora_tune.turns import Message
-from qlora_tune.votes import key_prompt
+from qlora_tune.votes import Vote, key_prompt
 
 ON_ANSWERER = "reward"  # its adapter's name on a model that holds others
 
@@ -31,7 +33,6 @@ class RewardModel:
     `seen` are the keys of prompts that it was trained on; `context` is the base's [tokens], None for no limit.
     """
 
-    name: str
     model: Any
     adapter: str
     head: Any
@@ -91,30 +92,74 @@ class RewardModel:
         return tokens if len(tokens) <= (self.context or len(tokens)) else None
 
 
-def load_reward_model(
-    name: Path,
-    runs_dir: str | Path,
-    model_name_or_path: str | None = None,
-    beside: tuple[Trained, Any] | None = None,
-) -> RewardModel:
-    """Load the reward model of a run or of an adapter's folder.
+def open_reward_model(name: Path, runs_dir: str | Path, model_name_or_path: str | None = None) -> Trained:
+    """Find the reward model of a run or of an adapter's folder, and its base. Loads no weights.
+
+    Raises ModelError where it is no reward model or its base is missing, RunError where there is no such run.
+    """
+    if (name / "adapter_config.json").is_file():
+        return open_adapter(name, model_name_or_path, reward=True)
+    run = open_run(name, runs_dir)
+    run.require_adapter()
+    return open_adapter(run.adapter, model_name_or_path, reward=True)
+
+
+def load_reward_model(trained: Trained, beside: tuple[Trained, Any] | None = None) -> RewardModel:
+    """Load a reward model.
 
     `beside` is an adapter that is loaded already, with its model: where both are of one base, held in one way, the
-    reward model is put on that too. Raises ModelError where it is no reward model, RunError where there is no such run.
+    reward model is put on that too, and no second base is loaded.
     """
-    adapter = name
-    if not (name / "adapter_config.json").is_file():
-        run = open_run(name, runs_dir)
-        run.require_adapter()
-        adapter = run.adapter
-    trained = open_adapter(adapter, model_name_or_path, reward=True)
-    seen = frozenset(key_prompt(pair.prompt, pair.tools) for pair in read_kept_pairs(adapter.resolve().parent)[0])
-    if beside and _how_held(beside[0]) == _how_held(trained):
-        model = models.load_adapter(beside[1], adapter, trained.base, ON_ANSWERER)
-    else:
-        model = models.load_adapter(_load_body(trained), adapter, trained.base, ON_ANSWERER)
-    head = read_head(adapter, model.device)
-    return RewardModel(str(name), model, ON_ANSWERER, head, trained.chat, trained.base.context_length(), seen)
+    shared = beside and _how_held(beside[0]) == _how_held(trained)
+    model = beside[1] if beside and shared else _load_body(trained)
+    model = models.load_adapter(model, trained.adapter, trained.base, ON_ANSWERER)
+    kept, _ = read_kept_pairs(trained.adapter.resolve().parent)
+    return RewardModel(
+        model,
+        ON_ANSWERER,
+        read_head(trained.adapter, model.device),
+        trained.chat,
+        trained.base.context_length(),
+        frozenset(key_prompt(pair.prompt, pair.tools) for pair in kept),
+    )
+
+
+def score_answers(model: RewardModel, answers: Sequence[Answers], batch_size: int) -> list[dict[str, float | None]]:
+    """The reward of every answer, by answerer, row by row."""
+    asked = [
+        conversation(row.question.prompt, row.question.tools, text) for row in answers for text in row.answers.values()
+    ]
+    rewards = iter(model.score(asked, batch_size))
+    return [{name: next(rewards) for name in row.answers} for row in answers]
+
+
+def compare_means(rewards: Sequence[Mapping[str, float | None]]) -> dict[str, tuple[float, Interval]]:
+    """Each answerer's mean reward, and its difference from the first answerer's with the paired interval of 95 %.
+
+    Of the rows where every answer has a reward; empty where there is none.
+    """
+    known = [row for row in rewards if None not in row.values()]
+    columns = {name: [row[name] or 0.0 for row in known] for name in known[0]} if known else {}
+    first = next(iter(columns.values()), [])
+    return {
+        name: (sum(own) / len(own), bootstrap_mean([a - b for a, b in zip(own, first, strict=True)]))
+        for name, own in columns.items()
+    }
+
+
+def agree_with_votes(model: RewardModel, votes: Sequence[Vote], batch_size: int) -> list[bool]:
+    """Whether the reward of a vote's winner is above that of each other answer; prompts trained on are left out."""
+    pairs = [
+        (vote, vote.answers[vote.winner], text)
+        for vote in votes
+        if vote.winner in vote.answers and vote.key not in model.seen
+        for text in vote.answers.values()
+        if text.strip() != vote.answers[vote.winner].strip()
+    ]
+    asked = [conversation(vote.prompt, vote.tools, text) for vote, *texts in pairs for text in texts]
+    rewards = iter(model.score(asked, batch_size))
+    both = [(next(rewards), next(rewards)) for _ in pairs]
+    return [won > lost for won, lost in both if won is not None and lost is not None]
 
 
 def begin_reward_model(trained: Trained, first: Path | None, config: TrainConfig) -> Any:
@@ -152,6 +197,11 @@ def read_head(adapter: Path, device: Any) -> Any:
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         return file.get_tensor(models.REWARD_HEAD).float().to(device)
+
+
+def conversation(prompt: Sequence[Message], tools: Tools, answer: str) -> tuple[list[Message], Tools]:
+    """A prompt and an answer as they are scored."""
+    return [*prompt, Message(role="assistant", content=answer)], tools
 
 
 def _how_held(trained: Trained) -> tuple[Any, ...]:
