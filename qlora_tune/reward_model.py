@@ -165,12 +165,16 @@ def agree_with_votes(model: RewardModel, votes: Sequence[Vote], batch_size: int)
 def begin_reward_model(trained: Trained, first: Path | None, config: TrainConfig) -> Any:
     """A model to train: the base with a head, and a copy of the adapter `first`, or a fresh one.
 
-    The head begins at 0, so that nothing about it is random: every reward is 0, and the first loss ln 2.
+    The head is drawn by seed, with the spread 1 / sqrt(d + 1) of Stiennon et al. (arXiv 2009.01325): from 0 it gave the
+    adapter next to nothing to learn by.
     """
+    import torch
     from peft import LoraConfig, TaskType, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     model = _load_body(trained)
+    torch.manual_seed(config.seed)
+    torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if first is None:
         return models.attach_adapter(
             model,
@@ -209,7 +213,7 @@ def _how_held(trained: Trained) -> tuple[Any, ...]:
 
 
 def _load_body(trained: Trained) -> Any:
-    """The base with a head of zeros in place of its words. Raises ModelError for an architecture that has none."""
+    """The base with a head in place of its words, still to be filled. Raises ModelError where it has no such form."""
     import torch
 
     class Head(torch.nn.Linear):  # type: ignore[misc]
@@ -223,5 +227,4 @@ def _load_body(trained: Trained) -> Any:
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ModelError(f'Base model "{trained.base.name}": its architecture has no form with a score head here.')
     model.score = Head(model.score.in_features, 1, bias=False, device=model.device)
-    torch.nn.init.zeros_(model.score.weight)
     return model

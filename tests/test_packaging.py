@@ -60,7 +60,7 @@ def test_the_package_data_fits_in_10_mb(unpacked_wheel: Path) -> None:
 def helps() -> str:
     """What the page and every command but the simplest say of their flags."""
     names = ("train", "prefer", "votes", "check", "mix", "select", "pairs", "preview", "export", "chat", "config")
-    names += ("compare", "reproduce", "evaluate")
+    names += ("compare", "reproduce", "evaluate", "reward")
     return "".join(
         subprocess.run(
             [sys.executable, *command, "--help"],
