@@ -16,6 +16,7 @@ from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import ModelError, TemplateError
 from qlora_tune.export import Trained, open_adapter
+from qlora_tune.launch import refuse_busy_device
 from qlora_tune.preferences import read_kept_pairs
 from qlora_tune.runs import open_run
 from qlora_tune.scores import Interval, bootstrap_mean
@@ -108,10 +109,14 @@ def load_reward_model(trained: Trained, beside: tuple[Trained, Any] | None = Non
     """Load a reward model.
 
     `beside` is an adapter that is loaded already, with its model: where both are of one base, held in one way, the
-    reward model is put on that too, and no second base is loaded.
+    reward model is put on that too, and no second base is loaded. Raises RunError when a run holds the GPU.
     """
-    shared = beside and _how_held(beside[0]) == _how_held(trained)
-    model = beside[1] if beside and shared else _load_body(trained)
+    if beside and _how_held(beside[0]) == _how_held(trained):
+        model = beside[1]
+    else:
+        if trained.device.kind == "cuda":
+            refuse_busy_device("cuda")
+        model = _load_body(trained)
     model = models.load_adapter(model, trained.adapter, trained.base, ON_ANSWERER)
     kept, _ = read_kept_pairs(trained.adapter.resolve().parent)
     return RewardModel(
