@@ -223,7 +223,7 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
         return (gr.skip(),) * 11
     log = output.read_bytes()[-20_000:].decode(errors="ignore") if output.exists() else "It was started in a terminal."
     unfinished = run.read_state()["status"] in ("stopped", "interrupted", "failed")
-    tuned = run.has_adapter and not alive
+    tuned = run.can_answer and not alive
     shown = (gr.Button(visible=visible) for visible in (alive, unfinished, tuned, tuned))
     # A value only where it is another one: what Start has just put there must stay.
     choice = gr.Dropdown(names) if asked == name else gr.Dropdown(names, value=name)

@@ -20,6 +20,7 @@ from qlora_tune.config import TrainConfig
 from qlora_tune.errors import ConfigError, ModelError, join_problems
 from qlora_tune.model import Precision, Quantization, one_at_a_time
 
+REWARD_HEAD = "base_model.model.score.weight"  # beside a reward model's LoRA weights, in the same file
 ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 REPLACING = ("olora", "pissa", "pissa_niter_16")  # they take what the adapter begins with out of the base's weights
 PLAIN_STARTS = ("default", "gaussian")  # they change nothing at first, and look at no weight of the base
@@ -118,17 +119,18 @@ def attach_adapter(
     use_dora: bool = False,
     init_lora_weights: str = "default",
     seed: int = 42,
+    task_type: str = "CAUSAL_LM",
 ) -> Any:
     """Put a fresh LoRA adapter (arXiv 2106.09685) on a base model. Raises ModelError for unknown layer names."""
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     if targets != "all-linear":
         _check_targets(model, target_modules)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -348,7 +350,7 @@ def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default
         if "lora_" in parameter and f".{name}." in parameter
     }
     expected = expected or {"prompt_embeddings"}  # PEFT's name of virtual tokens
-    if stored != expected:
+    if stored - {REWARD_HEAD} != expected:
         raise ModelError(
             f"{folder}: the adapter file has {len(stored)} tensors, the model expects {len(expected)}, and "
             f"{len(stored ^ expected)} names differ. The file is incomplete or was changed."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import zipfile
@@ -14,10 +15,11 @@ from typing import Any, Literal
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import UPLOADS
 from qlora_tune.errors import ConfigError, ModelError
-from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, open_adapter
-from qlora_tune.generate import fit_context, stream_reply
+from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, Trained, open_adapter
+from qlora_tune.generate import answer_prompts, fit_context, room_for, stream_reply
 from qlora_tune.hub_models import fetch_adapter, is_repository
 from qlora_tune.launch import refuse_busy_device
+from qlora_tune.reward_model import RewardModel, conversation, load_reward_model
 from qlora_tune.runs import Run, list_runs, open_run
 from qlora_tune.shapes import Example
 from qlora_tune.text_signs import printable
@@ -30,11 +32,12 @@ MAX_ADAPTER_BYTES = 8 << 30  # unpacked; a rank-512 adapter of a 14B base has 4 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A base with an adapter, and the merged model where one was exported."""
+    """A base with an adapter, the merged model where one was exported, and a reward model where one is to choose."""
 
     model: Any
     chat: ChatFormat
     merged: Any | None = None
+    judge: RewardModel | None = None
 
     @property
     def voices(self) -> list[Voice]:
@@ -53,6 +56,36 @@ class ChatModel:
         # With its adapter disabled the model is the base, to the last bit.
         with self.model.disable_adapter() if voice == "base" else contextlib.nullcontext():
             yield from stream_reply(model, self.chat, messages, **sampling)
+
+    def draw_best(
+        self,
+        count: int,
+        tuned: bool,
+        messages: Sequence[Message],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[tuple[float | None, str]]:
+        """Draw several answers of the tuned model or the base; each with its reward, the highest first.
+
+        Answers without a reward, as empty ones are, come last.
+        """
+        if self.judge is None:
+            raise ModelError("No reward model is loaded that could choose the best answer.")
+        prompt = self.chat.encode_prompt(messages)
+        with contextlib.nullcontext() if tuned else self.model.disable_adapter():
+            drawn = answer_prompts(
+                self.model,
+                self.chat,
+                [prompt] * count,
+                max_new_tokens=room_for(self.model, prompt, max_new_tokens),
+                batch_size=count,
+                temperature=temperature,
+                top_p=top_p,
+            )
+        texts = [text for text, _ in drawn]
+        rewards = self.judge.score([conversation(messages, (), text) for text in texts], count)
+        return sorted(zip(rewards, texts, strict=True), key=lambda pair: math.inf if pair[0] is None else -pair[0])
 
 
 def answer_sides(
@@ -120,8 +153,13 @@ def split_example(example: Example) -> tuple[str, list[Message], str, str]:
     return system, [turn for turn in before if turn["role"] != "system"], question["content"], answer["content"]
 
 
-def load_chat(adapter: Path, model_name_or_path: str | None = None, merged: Path | None = None) -> ChatModel:
-    """Load an adapter's folder on its base, and a merged model's folder if one is given.
+def load_chat(
+    adapter: Path,
+    model_name_or_path: str | None = None,
+    merged: Path | None = None,
+    judge: Trained | None = None,
+) -> ChatModel:
+    """Load an adapter's folder on its base, and a merged model's folder or a reward model if one is given.
 
     Raises ModelError when the folder holds no adapter, or the base is missing or is another one; RunError when a run
     holds the GPU, whose memory would not do for both.
@@ -129,12 +167,14 @@ def load_chat(adapter: Path, model_name_or_path: str | None = None, merged: Path
     trained = open_adapter(adapter, model_name_or_path)
     if trained.device.kind == "cuda":
         refuse_busy_device("cuda")
-    return ChatModel(trained.load(), trained.chat, trained.load_merged(merged) if merged else None)
+    model = trained.load()
+    rewards = load_reward_model(judge, (trained, model)) if judge else None
+    return ChatModel(model, trained.chat, trained.load_merged(merged) if merged else None, rewards)
 
 
 def list_adapters(runs_dir: str | Path) -> dict[str, Path]:
     """The adapters that can be talked to, by name: of runs, newest first, then those opened from a zip."""
-    tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.has_adapter}
+    tuned = {run.name: run.adapter for run in reversed(list_runs(runs_dir)) if run.can_answer}
     opened = sorted((Path(runs_dir) / UPLOADS).glob("*/adapter_config.json"))
     return tuned | {f"{path.parent.name} (opened)": path.parent for path in opened}
 

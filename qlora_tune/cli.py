@@ -6,6 +6,7 @@ import dataclasses
 import io
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.cli_evaluate import evaluate
 from qlora_tune.cli_grow import grow, review
 from qlora_tune.cli_prefer import prefer, votes
+from qlora_tune.cli_reward import reward
 from qlora_tune.cli_share import push, reproduce
 from qlora_tune.cli_train import (
     ConfigFile,
@@ -38,6 +40,7 @@ from qlora_tune.plan import pick_here
 from qlora_tune.runs import latest_run, list_runs
 from qlora_tune.terminal import console, say
 from qlora_tune.text_signs import printable
+from qlora_tune.turns import Message
 
 HELP = """Instruction-tune a language model with QLoRA on one small GPU, or none.
 
@@ -46,7 +49,7 @@ after, export."""
 
 
 app = App(name="qlora_tune", help=HELP, version=__version__, version_flags=["--version"])
-for command in (train, prefer, evaluate, compare, votes, reproduce, check, mix, select, pairs, grow, review):
+for command in (train, prefer, reward, evaluate, compare, votes, reproduce, check, mix, select, pairs, grow, review):
     app.command(command)
 
 
@@ -137,27 +140,46 @@ def chat(
     *,
     runs_dir: RunsDir = "runs",
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
-    temperature: Annotated[float, Parameter(help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[
+        float | None, Parameter(help="0 takes the likeliest token each time, as by itself; 1 by itself with --best-of.")
+    ] = None,
     top_p: Annotated[float, Parameter(help="Sample from the likeliest tokens of this share.")] = 1.0,
     max_new_tokens: Annotated[int, Parameter(help="Longest answer [tokens].")] = 256,
+    best_of: Annotated[
+        int | None, Parameter(help="Draw so many answers, show the one of the highest reward.", validator=Number(gte=2))
+    ] = None,
+    reward: Annotated[Path | None, Parameter(help="Run of the reward model that finds the best.")] = None,
 ) -> None:
     """Chat with the model of a run, an adapter's folder or its zip, tuned or base; the newest run without a name.
 
     OWNER/NAME, where nothing of that name lies here, is an adapter on the model hub.
     """
     from qlora_tune.chat import check_sampling, find_adapter, load_chat
+    from qlora_tune.reward_model import open_reward_model
 
+    if (best_of is None) != (reward is None) or (best_of and temperature == 0):
+        raise ConfigError("--best-of N draws answers at a temperature above 0, and --reward RUN chooses. Give both.")
+    if temperature is None:
+        temperature = 1.0 if best_of else 0.0
     sampling = check_sampling(temperature, top_p, max_new_tokens)
+    judge = open_reward_model(reward, runs_dir, model_name_or_path) if reward else None
     with tempfile.TemporaryDirectory() as scratch:
         adapter, own = find_adapter(run or latest_run(runs_dir).path, runs_dir, Path(scratch))
         if own:
             quiet_stack(own.log_file)
-        model = load_chat(adapter, model_name_or_path)
+        model = load_chat(adapter, model_name_or_path, judge=judge)
+
+    def reply(messages: list[Message], tuned: bool) -> Iterator[str]:
+        if best_of is None:
+            yield from model.reply("tuned" if tuned else "base", messages, **sampling)
+            return
+        drawn = model.draw_best(best_of, tuned, messages, **sampling)
+        rewards = ", ".join("none" if found is None else f"{found:+.2f}" for found, _ in drawn)
+        console.print(f"(best of {best_of}; rewards {rewards})", style="dim")
+        yield drawn[0][1]
+
     say(f"adapter {run if adapter.is_relative_to(scratch) else adapter}")
-    terminal.chat_loop(
-        lambda messages, tuned: model.reply("tuned" if tuned else "base", messages, **sampling),
-        lambda messages: model.fit(messages, max_new_tokens),
-    )
+    terminal.chat_loop(reply, lambda messages: model.fit(messages, max_new_tokens))
 
 
 @app.command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,10 +24,13 @@ from qlora_tune.text_signs import printable
 from qlora_tune.votes import NONE, TIE, Tally, Vote, append_vote, count_votes, read_votes, same_answerers
 
 if TYPE_CHECKING:
+    from qlora_tune.export import Trained
+    from qlora_tune.scores import Interval
     from qlora_tune.side_by_side import Panel
 
 DATA_HELP = "Rows to answer instead of the first run's held-out ones; may repeat."
 OUTPUT_HELP = "JSON lines file for all answers; FILE#ANSWERER names them in a later comparison."
+REWARD_HELP = "Run of a reward model, which scores every answer."
 VOTES_HELP = "File that votes are added to; votes.jsonl of the first run by itself."
 _AT_LEAST_1 = Number(gte=1)
 _NO_WINNER = {"T": TIE, "N": NONE}
@@ -43,6 +46,7 @@ def compare(
     ] = False,
     vote: Annotated[bool, Parameter(help="Ask after each row which answer is best.", negative=())] = False,
     votes: Annotated[Path | None, Parameter(help=VOTES_HELP, show_default=False)] = None,
+    reward: Annotated[Path | None, Parameter(help=REWARD_HELP, show_default=False)] = None,
     seed: Annotated[int, Parameter(help="Draws the rows, and the letters of --blind.")] = 42,
     output: Annotated[Path | None, Parameter(help=OUTPUT_HELP, show_default=False)] = None,
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
@@ -51,12 +55,15 @@ def compare(
     batch_size: Annotated[int, Parameter(help="Prompts answered at once.", validator=_AT_LEAST_1)] = 16,
 ) -> None:
     """Put ANSWERERS side by side on the same prompts: runs, adapters, exported zips, base, files of answers."""
+    from qlora_tune.pair_scores import share
+    from qlora_tune.reward_model import compare_means, open_reward_model
     from qlora_tune.side_by_side import answer_questions, find_questions, open_panel
 
     with tempfile.TemporaryDirectory() as scratch:
         if votes and not vote:
             raise ConfigError("--votes says where --vote keeps the votes. Give both.")
         panel = open_panel(answerers, runs_dir, model_name_or_path, Path(scratch))
+        judge = open_reward_model(reward, runs_dir, model_name_or_path) if reward else None
         votes_file = _find_votes_file(panel, votes) if vote else None
         before = same_answerers(read_votes(votes_file), panel.fingerprints) if votes_file else []
         inputs = [*answerers, *(name.rpartition("#")[0] for name in answerers if "#" in name), *data]
@@ -84,11 +91,38 @@ def compare(
         say(f"all answers: {output}")
     if votes_file:
         shown = _ask_votes(votes_file, panel, answers, {each.key for each in before}, seed, blind)
-    else:
-        shown = [_show_row(row, number, answers, seed if blind else None) for number, row in enumerate(answers)]
+    rewards, agreed = _judge(judge, panel, answers, votes_file, batch_size) if judge else ([], [])
+    if not votes_file:
+        shown = [
+            _show_row(row, number, answers, seed if blind else None, rewards[number] if rewards else {})
+            for number, row in enumerate(answers)
+        ]
     if blind and shown:
         _show_key(shown)
-    _show_totals(panel, answers, votes_file)
+    _show_totals(panel, answers, votes_file, compare_means(rewards))
+    if agreed:
+        mean, low, high = share(agreed)
+        say(
+            f"the reward prefers the voted answer to another in {sum(agreed)} of {len(agreed)} cases: "
+            f"{mean:.1%} ({low:.1%} to {high:.1%})"
+        )
+
+
+def _judge(
+    judge: Trained, panel: Panel, answers: Sequence[Answers], votes_file: Path | None, batch_size: int
+) -> tuple[list[dict[str, float | None]], list[bool]]:
+    """The reward of every answer, and whether it agrees with the votes on these answerers, where there are any.
+
+    Not shown to who votes: it would sway the votes.
+    """
+    from qlora_tune.reward_model import agree_with_votes, load_reward_model, score_answers
+
+    model = load_reward_model(judge)
+    if seen := sum(row.question.key in model.seen for row in answers):
+        say(f"{seen} of {len(answers)} rows are prompts that the reward model was trained on")
+    kept = votes_file or (panel.run.path / "votes.jsonl" if panel.run else None)
+    votes = same_answerers(read_votes(kept), panel.fingerprints) if kept else []
+    return score_answers(model, answers, batch_size), agree_with_votes(model, votes, batch_size)
 
 
 def _find_votes_file(panel: Panel, named: Path | None) -> Path:
@@ -112,7 +146,7 @@ def _ask_votes(
         question = row.question
         if question.key in voted:
             continue
-        shown.append(_show_row(row, number, answers, seed if blind else None))
+        shown.append(_show_row(row, number, answers, seed if blind else None, {}))
         winner = _ask_vote(shown[-1][1])
         if winner is None:
             break
@@ -153,7 +187,9 @@ def _ask_vote(letters: dict[str, str]) -> str | None:
         say(f'"{line.strip()}" is none of these')
 
 
-def _show_row(row: Answers, number: int, answers: Sequence[Answers], seed: int | None) -> _Shown:
+def _show_row(
+    row: Answers, number: int, answers: Sequence[Answers], seed: int | None, rewards: Mapping[str, float | None]
+) -> _Shown:
     """One row: prompt, reference, and the answers under letters, with names unless a seed shuffles them."""
     question, letters = row.question, row.letter(seed)
     about = " · ".join(filter(None, [f"row {number + 1} of {len(answers)}", question.task, question.source]))
@@ -168,6 +204,8 @@ def _show_row(row: Answers, number: int, answers: Sequence[Answers], seed: int |
         table.add_row(Text("reference", style="dim"), Text(printable(question.reference), style="green"))
     for letter, name in letters.items():
         head = letter if seed is not None else f"{letter}  {printable(name)}"
+        reward = rewards.get(name)
+        head += f"  {reward:+.2f}" if reward is not None else ""
         table.add_row(Text(head, style="bold"), Text(printable(row.answers[name])))
     console.print(table)
     return number + 1, letters
@@ -181,14 +219,20 @@ def _show_key(shown: Sequence[_Shown]) -> None:
     console.print(table)
 
 
-def _show_totals(panel: Panel, answers: Sequence[Answers], votes_file: Path | None) -> None:
-    """Exact match and votes by answerer; the votes are all that the file holds on these answerers."""
+def _show_totals(
+    panel: Panel, answers: Sequence[Answers], votes_file: Path | None, means: Mapping[str, tuple[float, Interval]]
+) -> None:
+    """Exact match, mean reward and votes by answerer; the votes are all that the file holds on these answerers."""
     tally = count_votes(read_votes(votes_file), panel.fingerprints) if votes_file else None
-    heads = ["answerer", "exact match", *(["wins", "share of decided (95 %)"] if tally else [])]
+    heads = ["answerer", "exact match", *(["reward", "against the first (95 %)"] if means else [])]
+    heads += ["wins", "share of decided (95 %)"] if tally else []
     table = Table(*(Column(head, justify="right" if at else "left") for at, head in enumerate(heads)), box=HORIZONTALS)
     for name in panel.fingerprints:
         right, of = count_exact(answers, name)
         cells = [f"{right} of {of} ({right / of:.1%})" if of else "no references"]
+        if means:
+            mean, (change, low, high) = means[name]
+            cells += [f"{mean:+.2f}", f"{change:+.2f} ({low:+.2f} to {high:+.2f})"]
         if tally:
             cells += [str(tally.wins[name]), _write_share(tally, name)]
         table.add_row(Text(printable(name)), *cells)

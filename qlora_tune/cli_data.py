@@ -115,10 +115,14 @@ def select(
     rows: Annotated[int, Parameter(help="How many examples to choose.", validator=Number(gte=1))],
     output: Output,
     by: Annotated[
-        Literal["ifd", "length", "diversity"],
-        Parameter(help="ifd: how much each prompt helps its answer; length: the longest; diversity: the most unlike."),
+        Literal["ifd", "length", "diversity", "reward"],
+        Parameter(
+            help="ifd: how much each prompt helps its answer; length: the longest; diversity: the most unlike; reward: "
+            "what a reward model prefers."
+        ),
     ] = "ifd",
     run: Annotated[Path | None, Parameter(help="Score with this run's adapter instead of the bare base.")] = None,
+    reward: Annotated[Path | None, Parameter(help="Run of the reward model, with --by reward.")] = None,
     per_task: Annotated[bool, Parameter(help="Choose of each task in proportion to its rows.")] = True,
     settings: AnySettings = None,
 ) -> None:
@@ -127,11 +131,15 @@ def select(
     from qlora_tune.selection import name_left_out, select_examples, write_selection
 
     config = _settings(settings)
+    if (by == "reward") != (reward is not None):
+        raise ConfigError("--by reward takes the scores of a reward model, --reward RUN. Give both.")
     paths = [*files, *config.data] or [str(shipped_path("sample.jsonl"))]
     refuse_overwriting((output, name_left_out(output)), paths)
     examples, report = load_examples(find_data(paths), None, parse_columns(config.map), config.encoding)
     terminal.show_report(report)
     scores = _score_difficulty(config, examples, run) if by == "ifd" else None
+    if reward:
+        scores = _score_rewards(config, examples, reward)
     with terminal.scoring_progress() as progress:
         selection = select_examples(
             examples, by, rows, scores, config.seed, per_task, lambda done, total: progress(f"by {by}", done, total)
@@ -236,6 +244,20 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
             lambda done, total: progress("difficulty", done, total),
         )
     return [difficulty.ifd for difficulty in found]
+
+
+def _score_rewards(config: TrainConfig, examples: list[Example], reward: Path) -> list[float | None]:
+    """The reward of each example's last learned answer."""
+    from qlora_tune.evaluate import through_learned
+    from qlora_tune.reward_model import load_reward_model, open_reward_model
+
+    model = load_reward_model(open_reward_model(reward, config.runs_dir))
+    with terminal.scoring_progress() as progress:
+        return model.score(
+            [(through_learned(example), example.tools) for example in examples],
+            config.per_device_eval_batch_size,
+            lambda done, total: progress("rewards", done, total),
+        )
 
 
 def _settings(settings: Any) -> TrainConfig:

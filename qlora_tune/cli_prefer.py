@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from qlora_tune.pair_scores import PairScores
     from qlora_tune.prefer import Origin, PreferenceSetup
 
+    Plan = Callable[[Path, Sequence[str], Mapping[str, Any]], tuple[Origin | None, TrainConfig]]
+    Fit = Callable[[TrainConfig, Run, PreferenceSetup, Origin | None, bool], None]
+
 PAIRS_HELP = "Votes of compare --vote, or files of prompt, chosen and rejected; may repeat."
+PairFiles = Annotated[tuple[str, ...], Parameter(help=PAIRS_HELP, negative=(), show_default=False)]
+Resume = Annotated[Path | None, Parameter(help="Run to go on with, as it was set up.", show_default=False)]
 
 
 def votes(run: Path, output: Output, *, runs_dir: RunsDir = "runs") -> None:
@@ -44,25 +50,42 @@ def votes(run: Path, output: Output, *, runs_dir: RunsDir = "runs") -> None:
 def prefer(
     source: Path | None = None,
     *,
-    data: Annotated[tuple[str, ...], Parameter(help=PAIRS_HELP, negative=(), show_default=False)] = (),
-    resume: Annotated[Path | None, Parameter(help="Run to go on with, as it was set up.", show_default=False)] = None,
+    data: PairFiles = (),
+    resume: Resume = None,
     settings: AnyPreferSettings = None,
 ) -> None:
     """Train the adapter of SOURCE (a run, or an adapter's folder) on preference pairs, into a run of its own."""
-    from qlora_tune.model import detect_device
-    from qlora_tune.prefer import find_origin, make_settings, prepare_preferences
+    from qlora_tune.prefer import find_origin, make_settings
 
-    flags = given_flags(settings)
+    def plan(name: Path, files: Sequence[str], flags: Mapping[str, Any]) -> tuple[Origin, TrainConfig]:
+        origin = find_origin(name, flags.get("runs_dir", "runs"))
+        return origin, make_settings(origin, files, flags)
+
+    train_pairs("prefer", source, data, resume, given_flags(settings), plan, _fit)
+
+
+def train_pairs(
+    stage: str,
+    source: Path | None,
+    data: Sequence[str],
+    resume: Path | None,
+    flags: Mapping[str, Any],
+    plan: Plan,
+    fit: Fit,
+) -> None:
+    """Begin a training on pairs, where `plan` says from what and how, or resume one; `fit` trains in the run."""
+    from qlora_tune.model import detect_device
+    from qlora_tune.prefer import prepare_preferences
+
     if resume is not None:
         if source or data or flags:
             given = ", ".join(map(str, filter(None, [source, *data, *flags])))
             raise ConfigError(f"--resume goes on with the run's own settings; {given} can't be changed.")
-        _resume(open_run(resume))
+        _resume(open_run(resume), stage, fit)
         return
     if source is None or not data:
-        raise ConfigError("Name an instruction-tuned run or adapter, and pairs: prefer RUN --data FILE")
-    origin = find_origin(source, flags.get("runs_dir", "runs"))
-    config = make_settings(origin, data, flags)
+        raise ConfigError(f"Name an instruction-tuned run or adapter, and pairs: {stage} RUN --data FILE")
+    origin, config = plan(source, data, flags)
     kind = detect_device().kind
     refuse_busy_device(kind)
     setup = prepare_preferences(config, origin)
@@ -70,17 +93,18 @@ def prefer(
         run = new_run(config)
         lock.write_holder(run)
         quiet_stack(run.log_file)
-        _fit(config, run, setup, origin, resume=False)
+        _fit_in(run, config, setup, origin, fit, False)
 
 
-def _resume(run: Run) -> None:
+def _resume(run: Run, stage: str, fit: Fit) -> None:
     from qlora_tune.model import detect_device
     from qlora_tune.prefer import REFERENCE, Origin, prepare_preferences
 
     run.require_unfinished()
-    config, origin = run.read_config(), Origin(run.path / REFERENCE, run)
-    if not config.preference_data:
-        raise ConfigError(f"{run.path}: is no preference training. Go on with: {run.resume_command()}")
+    if run.stage != stage:
+        raise ConfigError(f"{run.path}: is no run of {stage}. Go on with: {run.resume_command()}")
+    config, first = run.read_config(), run.path / REFERENCE
+    origin = Origin(first, run) if first.exists() else None
     with lock_device(detect_device().kind) as lock:
         lock.write_holder(run)
         quiet_stack(run.log_file)
@@ -89,21 +113,22 @@ def _resume(run: Run) -> None:
         except TuneError as error:
             run.update_state(status="failed", reason=str(error))
             raise
-        _fit(config, run, setup, origin, resume=True)
+        _fit_in(run, config, setup, origin, fit, True)
 
 
-def _fit(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin, *, resume: bool) -> None:
-    from qlora_tune.prefer import prefer as fit
+def _fit_in(
+    run: Run, config: TrainConfig, setup: PreferenceSetup, origin: Origin | None, fit: Fit, resume: bool
+) -> None:
+    """Say what is trained on what, and do it."""
     from qlora_tune.prepare import count_steps
 
     report = setup.report
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     say(
-        f"run {run.path}\nbegins with {origin.adapter}\n"
+        f"run {run.path}\nbegins with {setup.trained.adapter}\n"
         f"{len(setup.train)} pairs to train on, {len(setup.heldout)} held out, of {report.rows_in} rows\n"
         f"{count_steps(config, len(setup.train))} steps of {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps} = {effective} pairs, learning rate {config.learning_rate:g}, "
-        f"{config.loss_type} with beta {config.beta:g}"
+        f"{config.gradient_accumulation_steps} = {effective} pairs, learning rate {config.learning_rate:g}"
     )
     if report.problems:
         say(f"{report.rejected} rows give no pair, {report.changed} changed; all in {run.path / 'problems.jsonl'}:")
@@ -111,20 +136,31 @@ def _fit(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin, 
     if setup.taken:
         say(f"{setup.taken} held-out rows are no longer held out: their prompts are trained on")
     try:
-        with terminal.TrainProgress(resume) as progress:
-            result = fit(
-                config, run, setup, origin, resume=resume, on_metrics=progress.update, on_stop=progress.stopping
-            )
-        if result.status == "stopped":
-            say(f"stopped and saved. Go on with: {run.resume_command()}")
-            raise Stopped
-        if result.scores:
-            _show_pairs(result.scores)
-        console.rule("instructions: base against tuned", align="left")
-        score_run(run, config, result.model, setup.trained.chat, setup.examples, setup.unseen)
-        _show_damage(run)
+        fit(config, run, setup, origin, resume)
     finally:
         run.update_state(pid=None)
+
+
+def with_progress(fit: Callable[..., Any], run: Run, resume: bool, *setup: Any) -> Any:
+    """Train with a bar of progress. Raises Stopped when a signal ended it."""
+    with terminal.TrainProgress(resume) as progress:
+        result = fit(*setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
+    if result.status == "stopped":
+        say(f"stopped and saved. Go on with: {run.resume_command()}")
+        raise Stopped
+    return result
+
+
+def _fit(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin | None, resume: bool) -> None:
+    from qlora_tune.prefer import prefer as fit
+
+    say(f"{config.loss_type} with beta {config.beta:g}")
+    result = with_progress(fit, run, resume, config, run, setup, origin)
+    if result.scores:
+        _show_pairs(result.scores)
+    console.rule("instructions: base against tuned", align="left")
+    score_run(run, config, result.model, setup.trained.chat, setup.examples, setup.unseen)
+    _show_damage(run)
     say(f"chat with it:  python -m qlora_tune chat {run.path}\nexport it:     python -m qlora_tune export {run.path}")
 
 

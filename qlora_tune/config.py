@@ -22,7 +22,7 @@ from qlora_tune.errors import ConfigError, join_problems
 BUILTIN = "builtin"
 AUTO = "auto"
 UPLOADS = "uploads"  # folder beside the runs; private to this user
-PREFERENCES = "Preferences"  # the group of settings that only `prefer` takes
+PREFERENCES = "Preferences"  # the group of settings that `train` does not take
 
 
 def setting(default: Any, group: str, help: str, unit: str = "", **limits: Any) -> Any:
@@ -164,6 +164,10 @@ class TrainConfig(BaseModel):
     beta: float = setting(0.1, PREFERENCES, "How closely answers keep to the adapter begun with.", gt=0, le=100)
     loss_type: Literal["sigmoid", "ipo"] = setting(
         "sigmoid", PREFERENCES, "`sigmoid`: DPO (arXiv 2305.18290); `ipo` (arXiv 2310.12036) ends at a set margin."
+    )
+
+    reward_model: bool = setting(
+        False, PREFERENCES, "Train a model that scores answers on the pairs, which `reward` does, instead of answering."
     )
 
     runs_dir: str = setting("runs", "Run", "Folder that holds all runs.")

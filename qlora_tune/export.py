@@ -16,7 +16,7 @@ from qlora_tune import model as models
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.card import Form, public_text, write_model_card
 from qlora_tune.chat_format import ChatFormat
-from qlora_tune.errors import ExportError
+from qlora_tune.errors import ExportError, ModelError
 from qlora_tune.generate import stop_ids, stop_words
 from qlora_tune.gguf_adapter import (
     read_gguf_adapter,
@@ -30,7 +30,7 @@ from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.modelfile import find_pieces, refuse_other_modelfile, write_modelfile
 from qlora_tune.parity import Parity, compared_rows, measure_parity, refuse_other_format, refuse_other_weights
 from qlora_tune.recipe import RECIPE, RecipeBase, make_recipe, write_recipe
-from qlora_tune.runs import Run, read_json
+from qlora_tune.runs import Run, is_reward_model, read_json
 from qlora_tune.shapes import Example
 
 # Only these files leave: what a trainer writes beside them holds local paths.
@@ -93,12 +93,23 @@ class Trained:
         )
 
 
-def open_adapter(adapter: Path, base: str | None = None) -> Trained:
+def open_adapter(adapter: Path, base: str | None = None, *, reward: bool = False) -> Trained:
     """Find what an adapter's folder needs; `base` says where its base model is now, if it moved.
 
-    Raises ModelError when the folder holds no adapter, or the base is missing or is another one.
+    Raises ModelError when the folder holds no adapter, or the base is missing or is another one, and where a reward
+    model is given for an adapter that answers, or the other way round.
     """
     record = adapters.read_adapter_record(adapter)
+    if is_reward_model(adapter) and not reward:
+        raise ModelError(
+            f"{adapter}: is a reward model, which scores answers and writes none. Use it beside what answers: "
+            "python -m qlora_tune compare RUN base --reward REWARD_RUN"
+        )
+    if reward and not is_reward_model(adapter):
+        raise ModelError(
+            f"{adapter}: is no reward model but an adapter that answers. Train one: "
+            "python -m qlora_tune reward RUN --data PAIRS.jsonl"
+        )
     found = find_base(base or record["base_model"], None if base else record["base_revision"])
     if found.fingerprint != record["base_fingerprint"]:
         adapters.refuse_other_base(adapter, record, found)

@@ -29,7 +29,13 @@ PREFER_FLAGS = [
         group_of(name) in ("Training", "Evaluation", "Run", PREFERENCES)
         or name in ("heldout_share", "max_length", "model_name_or_path")
     )
-    and name not in ("neftune_noise_alpha", "preference_data")
+    and name not in ("neftune_noise_alpha", "preference_data", "reward_model")
+]
+# What `reward` takes: it has a loss of its own, and writes no answers that could be scored.
+REWARD_FLAGS = [
+    name
+    for name in PREFER_FLAGS
+    if name not in ("fast", "beta", "loss_type", "score_rows", "max_new_tokens", "contracts", "plain_text")
 ]
 
 
@@ -75,9 +81,16 @@ def _of_stage(name: str) -> str:
     return _declared(name) if group_of(name) == PREFERENCES else "as in the run"
 
 
+def _of_reward(name: str) -> str:
+    """A default of `reward`."""
+    return "as in the run" if name == "learning_rate" else _of_stage(name)
+
+
 Settings, PreferSettings = _settings_type(TRAIN_FLAGS, _declared), _settings_type(PREFER_FLAGS, _of_stage)
+RewardSettings = _settings_type(REWARD_FLAGS, _of_reward)
 AnySettings = Annotated[Settings | None, Parameter(name="*")]  # type: ignore[valid-type]
 AnyPreferSettings = Annotated[PreferSettings | None, Parameter(name="*")]  # type: ignore[valid-type]
+AnyRewardSettings = Annotated[RewardSettings | None, Parameter(name="*")]  # type: ignore[valid-type]
 
 
 def given_flags(settings: Any) -> dict[str, Any]:

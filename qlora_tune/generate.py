@@ -67,9 +67,11 @@ def answer_prompts(
     *,
     max_new_tokens: int,
     batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[str, bool]]:
-    """Answer prompts, given as tokens, greedily, in batches of similar length.
+    """Answer prompts, given as tokens, in batches of similar length; greedily at temperature 0.
 
     Returns for each, in order, its answer and whether that came to its end of turn within max_new_tokens.
     `on_progress` is called with the number answered so far.
@@ -84,14 +86,17 @@ def answer_prompts(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             with torch.inference_mode():
-                rows = _answer_batch(model, chat, [prompts[index] for index in chosen], max_new_tokens)
+                batch = [prompts[index] for index in chosen]
+                rows = _answer_batch(model, chat, batch, max_new_tokens, temperature, top_p)
             for index, row in zip(chosen, rows, strict=True):
                 answers[index] = decode_answer(chat, row), bool(stops & set(row))
             on_progress(min(start + batch_size, len(order)))
     return answers
 
 
-def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _answer_batch(
+    model: Any, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, top_p: float
+) -> list[list[int]]:
     """The tokens of one batch's answers, through their end of turn. The batch shrinks as answers end."""
     import torch
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -104,7 +109,9 @@ def _answer_batch(model: Any, chat: ChatFormat, prompts: Sequence[list[int]], ma
     while True:
         found = model.generate(
             **inputs,
-            generation_config=_generation_config(chat, min(ROUND, left) if len(going) > 1 else left),
+            generation_config=_generation_config(
+                chat, min(ROUND, left) if len(going) > 1 else left, temperature, top_p
+            ),
             return_dict_in_generate=True,
         )
         tokens = found.sequences[:, inputs["input_ids"].shape[1] :]
@@ -148,6 +155,11 @@ def fit_context(model: Any, chat: ChatFormat, messages: Sequence[Message], max_n
     return kept
 
 
+def room_for(model: Any, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """The longest answer that the context has room for behind a prompt [tokens]."""
+    return max(1, min(max_new_tokens, context_length(model) - len(prompt)))
+
+
 def context_length(model: Any) -> int:
     """The longest sequence that a model was made for [tokens]."""
     whole = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
@@ -180,7 +192,7 @@ def stream_reply(
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     prompt = chat.encode_prompt(messages)
     inputs = _pad_left([prompt], chat.tokenizer.pad_token_id)
-    room = max(1, min(max_new_tokens, context_length(model) - len(prompt)))
+    room = room_for(model, prompt, max_new_tokens)
     failure: list[BaseException] = []
 
     def work() -> None:

@@ -20,10 +20,11 @@ from qlora_tune.recipe import read_versions
 from qlora_tune.runs import Run
 
 START = "start"  # folder of a run: while it trains, what its adapter's initialisation took out of the base
-# What is kept of what a trainer logs; those with rewards come from preference training.
+# What is kept of what a trainer logs; those with rewards come from preference training, the last from reward models.
 MEASURED = (
     *("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"),
     *("rewards/margins", "rewards/accuracies", "eval_rewards/margins", "eval_rewards/accuracies"),
+    *("margin", "accuracy", "eval_margin", "eval_accuracy"),
 )
 
 

@@ -170,11 +170,14 @@ def load_tokenizer(folder: Path, chat_template: Literal["auto", "chatml", "plain
 
 
 @one_at_a_time
-def load_base(base: BaseModel, device: Device, precision: Precision, quantization: Quantization) -> Any:
-    """Load a base model for training or answering, its linear layers in 4 bits unless that is switched off."""
+def load_base(
+    base: BaseModel, device: Device, precision: Precision, quantization: Quantization, *, scalar: bool = False
+) -> Any:
+    """Load a base, its linear layers in 4 bits unless that is off; `scalar`: with a score head instead of words."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+    kind, more = (AutoModelForSequenceClassification, {"num_labels": 1}) if scalar else (AutoModelForCausalLM, {})
     dtype = getattr(torch, precision)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -185,8 +188,9 @@ def load_base(base: BaseModel, device: Device, precision: Precision, quantizatio
     )
     try:
         with whole_heap():  # each weight comes in full precision, and is gone once quantized
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 base.path,
+                **more,
                 dtype=dtype,
                 device_map={"": 0 if device.kind == "cuda" else "cpu"},
                 quantization_config=config if quantization.load_in_4bit else None,

@@ -47,7 +47,7 @@ class PairScores:
 
     @property
     def accuracy(self) -> Interval:
-        return _share([pair.gain > 0 for pair in self.pairs])
+        return share([pair.gain > 0 for pair in self.pairs])
 
     @property
     def margin(self) -> Interval:
@@ -55,11 +55,11 @@ class PairScores:
 
     @property
     def likelier_before(self) -> Interval:
-        return _share([pair.chosen_before > pair.rejected_before for pair in self.pairs])
+        return share([pair.chosen_before > pair.rejected_before for pair in self.pairs])
 
     @property
     def likelier_after(self) -> Interval:
-        return _share([pair.chosen_after > pair.rejected_after for pair in self.pairs])
+        return share([pair.chosen_after > pair.rejected_after for pair in self.pairs])
 
 
 def score_pairs(
@@ -121,5 +121,6 @@ def _is_right(answer: Answered) -> bool:
     return is_exact_match(answer.tuned, answer.reference)
 
 
-def _share(found: Sequence[bool]) -> Interval:
+def share(found: Sequence[bool]) -> Interval:
+    """The share of what holds, with its interval of 95 %."""
     return wilson_interval(sum(found), len(found))

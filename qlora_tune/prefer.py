@@ -1,6 +1,7 @@
 """The preference stage: pairs through TRL's DPOTrainer, from an adapter that was instruction-tuned (arXiv 2305.18290).
 
-The reference is the base with that adapter, frozen beside the one that is trained: the base is loaded once.
+The reference is the base with that adapter, frozen beside the one that is trained: the base is loaded once. What reward
+models (reward.py) need as well is here too: where to begin, settings, pairs, and the life of the run.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from qlora_tune import adapters, runs
 from qlora_tune import data as rows
+from qlora_tune import model as models
 from qlora_tune.base import find_base
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import DataError, RunError, join_problems
@@ -43,7 +45,15 @@ from qlora_tune.preferences import (
     split_pairs,
     tokenize_pairs,
 )
-from qlora_tune.prepare import SHORT_ROWS, count_steps, heldout_files, refuse_longer_than_context, training_files
+from qlora_tune.prepare import (
+    SHORT_ROWS,
+    count_steps,
+    heldout_files,
+    precision_of,
+    quantization_of,
+    refuse_longer_than_context,
+    training_files,
+)
 from qlora_tune.runs import Run
 from qlora_tune.shapes import Example
 from qlora_tune.trainer import build_preference_trainer, fast_log_probs, uncast_inputs
@@ -97,6 +107,19 @@ class PreferenceSetup:
         }
 
 
+_Scores = TypeVar("_Scores")
+
+
+@dataclass(frozen=True)
+class PairSteps(Generic[_Scores]):
+    """What is a stage's own: how its model is loaded, its trainer made, and what was trained saved and scored."""
+
+    load: Callable[[], Any]
+    build: Callable[..., Any]
+    finish: Callable[[Any], _Scores | None]
+    fast: bool  # whether the fast path gives what its loss is made of
+
+
 @dataclass(frozen=True)
 class PreferResult:
     """The tuned model, still loaded, how training ended, and the held-out pairs; None without any, or stopped."""
@@ -134,26 +157,42 @@ def _with_lora(adapter: Path) -> Path:
 def make_settings(origin: Origin, data: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
     """The settings of a preference training: those of the adapter's run, what this stage changes, then flags.
 
-    A micro-batch has half as many pairs as it had rows, because a pair is two sequences. Raises ConfigError.
+    Raises ConfigError.
     """
-    before = origin.run.read_config() if origin.run else _settings_of(origin.adapter)
+    before = settings_before(origin)
+    rate = {"learning_rate": before.learning_rate * RATE_SHARE}
+    return validate_settings(pair_settings(before, origin.run, data) | rate | dict(flags), "prefer")
+
+
+def settings_before(origin: Origin) -> TrainConfig:
+    """The settings of the run to begin with, or those that its adapter itself knows."""
+    return origin.run.read_config() if origin.run else _settings_of(origin.adapter)
+
+
+def pair_settings(before: TrainConfig, run: Run | None, data: Sequence[str]) -> dict[str, Any]:
+    """What settings become when pairs are trained on.
+
+    A micro-batch has half as many pairs as it had rows, because a pair is two sequences.
+    """
     rows_before = before.per_device_train_batch_size
     values = before.model_dump() | STAGE
-    if origin.run:  # by name: the sample, which an empty list stands for there, stands for nothing here
+    if run:  # by name: the sample, which an empty list stands for there, stands for nothing here
         values |= {"data": training_files(before), "heldout_data": heldout_files(before)}
-    values |= {
-        "learning_rate": before.learning_rate * RATE_SHARE,
+    return values | {
         "per_device_train_batch_size": max(1, rows_before // 2),
         "gradient_accumulation_steps": before.gradient_accumulation_steps * (2 if rows_before > 1 else 1),
         "preference_data": list(data),
     }
-    return validate_settings(values | dict(flags), "prefer")
 
 
-def prepare_preferences(config: TrainConfig, origin: Origin) -> PreferenceSetup:
-    """Open the adapter, read, split and tokenize the pairs. Loads no weights. Raises DataError when none is left."""
+def prepare_preferences(config: TrainConfig, origin: Origin | None) -> PreferenceSetup:
+    """Open the adapter, or the bare base where there is no origin; read, split and tokenize the pairs.
+
+    Loads no weights. Raises DataError when no pair is left.
+    """
     moved = config.model_name_or_path
-    trained = open_adapter(origin.adapter, moved if Path(moved).is_dir() else None)
+    trained = open_adapter(origin.adapter, moved if Path(moved).is_dir() else None) if origin else _open_base(config)
+    began = origin.run if origin else None
     refuse_longer_than_context(config.max_length, trained.base)
     pairs, report = read_pairs(config.preference_data)
     fitting, problems = tokenize_pairs(trained.chat, pairs, config.max_length)
@@ -165,8 +204,8 @@ def prepare_preferences(config: TrainConfig, origin: Origin) -> PreferenceSetup:
     train = [found for found in fitting if found[0].source not in sources]
     heldout = [found for found in fitting if found[0].source in sources]
     asked = [pair.to_example() for pair, _ in train]
-    examples, leaks = rows.drop_seen(asked, origin.run.read_heldout() if origin.run else [])
-    unseen, more_leaks = rows.drop_seen(asked, origin.run.read_unseen() if origin.run else [])
+    examples, leaks = rows.drop_seen(asked, began.read_heldout() if began else [])
+    unseen, more_leaks = rows.drop_seen(asked, began.read_unseen() if began else [])
     return PreferenceSetup(trained, train, heldout, report, examples, unseen, len(leaks) + len(more_leaks))
 
 
@@ -185,34 +224,70 @@ def prefer(
     `on_metrics` gets what train.train gives it, and the margins and accuracies of the implicit rewards. A run that is
     resumed goes on from its own copy of the first adapter. Raises RunError as train.train does.
     """
+    trained, first = setup.trained, run.path / REFERENCE
+
+    def load() -> Any:
+        model = trained.load(first)
+        model.set_adapter("default")  # loaded frozen, as for answering
+        return model
+
+    def finish(model: Any) -> PairScores | None:
+        scores = None
+        if setup.heldout:
+            scores = score_pairs(model, setup.heldout, config.beta, config.per_device_eval_batch_size)
+            write_scores(run, scores)
+        model.delete_adapter("ref")
+        save_adapter(model, run, trained.base, trained.tokenizer, trained.quantization, trained.precision)
+        return scores
+
+    steps = PairSteps(load, build_preference_trainer, finish, fast=True)
+    return PreferResult(*train_on_pairs(config, run, setup, origin, steps, resume, on_metrics, on_stop))
+
+
+def train_on_pairs(
+    config: TrainConfig,
+    run: Run,
+    setup: PreferenceSetup,
+    origin: Origin | None,
+    steps: PairSteps[_Scores],
+    resume: bool,
+    on_metrics: Callable[[dict[str, Any]], None],
+    on_stop: Callable[[], None],
+) -> tuple[Any, str, _Scores | None]:
+    """Live through a training on pairs in the run's folder: the model, how it ended, and what finishing it gave.
+
+    A run that is resumed goes on from its own copy of the first adapter. Raises RunError as train.train does.
+    """
     trained = setup.trained
     first = run.path / REFERENCE
     if not resume:
-        shutil.copytree(origin.adapter, first)
+        if origin:
+            shutil.copytree(origin.adapter, first)
         _write_record(config, run, setup, origin)
-    files = [*rows.find_data(config.preference_data), str(first / "adapter_model.safetensors")]
+    files = [*rows.find_data(config.preference_data), *map(str, first.glob("adapter_model.safetensors"))]
+    began = (origin.run if origin else None) or run
     fingerprints = {
-        "data_fingerprint": (origin.run or run).read_state().get("data_fingerprint", runs.fingerprint_files([])),
+        "data_fingerprint": began.read_state().get("data_fingerprint", runs.fingerprint_files([])),
         "settings_fingerprint": runs.fingerprint_settings(config),
         "base_fingerprint": trained.base.fingerprint,
         "preferences_fingerprint": runs.fingerprint_files(files),
     }
     checkpoint = find_checkpoint(run, fingerprints) if resume else None
-    steps = count_steps(config, len(setup.train))
-    begin(run, trained.base, trained.device, trained.precision, fingerprints, total_steps=steps, resume=resume)
+    total = count_steps(config, len(setup.train))
+    begin(run, trained.base, trained.device, trained.precision, fingerprints, total_steps=total, resume=resume)
     with failures_recorded(run, config, trained.device):
-        model = trained.load(first)
-        model.set_adapter("default")  # loaded frozen, as for answering
-        status = _train_adapter(model, config, run, setup, checkpoint, on_metrics, on_stop)
-        scores = None
-        if status == "finished":
-            if setup.heldout:
-                scores = score_pairs(model, setup.heldout, config.beta, config.per_device_eval_batch_size)
-                write_scores(run, scores)
-            model.delete_adapter("ref")
-            save_adapter(model, run, trained.base, trained.tokenizer, trained.quantization, trained.precision)
+        model = steps.load()
+        status = _train_adapter(model, config, run, setup, steps, checkpoint, on_metrics, on_stop)
+        scores = steps.finish(model) if status == "finished" else None
     run.update_state(status=status)
-    return PreferResult(model, status, scores)
+    return model, status, scores
+
+
+def _open_base(config: TrainConfig) -> Trained:
+    """A bare base as `train` would hold it; its own folder stands for the adapter's, which only gives the tokenizer."""
+    base, device = find_base(config.model_name_or_path, config.model_revision), models.detect_device()
+    tokenizer, chat = models.load_tokenizer(base.path, config.chat_template)
+    return Trained(base.path, base, device, precision_of(config, device), quantization_of(config), tokenizer, chat)
 
 
 def _settings_of(adapter: Path) -> TrainConfig:
@@ -238,9 +313,10 @@ def _settings_of(adapter: Path) -> TrainConfig:
     return validate_settings({**values, "max_length": longest}, str(adapter))
 
 
-def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin) -> None:
+def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin | None) -> None:
     """Keep what the run is trained and scored on, and the files that it and the run before it were made of."""
-    earlier = runs.read_json(origin.run.path / "data.json").get("files", []) if origin.run else []
+    began = origin.run if origin else None
+    earlier = runs.read_json(began.path / "data.json").get("files", []) if began else []
     files = [
         {
             "name": Path(file).name,
@@ -253,7 +329,7 @@ def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin:
     runs.write_json(run.path / "data.json", setup.summary() | {"files": [*earlier, *files]})
     keep_pairs(run.path, [pair for pair, _ in setup.train], [pair for pair, _ in setup.heldout])
     run.write_problems(setup.report.problems)
-    run.update_state(began_with=str((origin.run.path if origin.run else origin.adapter).resolve()))
+    run.update_state(began_with=str((began.path if began else setup.trained.adapter).resolve()))
     run.write_heldout(setup.examples)
     if setup.unseen:
         run.write_heldout(setup.unseen, runs.UNSEEN)
@@ -264,17 +340,18 @@ def _train_adapter(
     config: TrainConfig,
     run: Run,
     setup: PreferenceSetup,
+    steps: PairSteps[Any],
     checkpoint: Path | None,
     on_metrics: Callable[[dict[str, Any]], None],
     on_stop: Callable[[], None],
 ) -> str:
-    """Run DPOTrainer to its end or to a stop signal. Returns finished or stopped."""
+    """Run a trainer to its end or to a stop signal. Returns finished or stopped."""
     started = time.process_time()
     trained = setup.trained
     train, heldout = ([tokens for _, tokens in pairs] for pairs in (setup.train, setup.heldout))
     with ExitStack() as stack:
-        fast = _settle(stack, model, config, trained, [*train, *heldout]) if config.fast else None
-        trainer = build_preference_trainer(
+        fast = _settle(stack, model, config, trained, [*train, *heldout]) if steps.fast and config.fast else None
+        trainer = steps.build(
             model, config, run, trained.device, trained.precision, trained.tokenizer, train, heldout, plain=fast is None
         )
         if fast is not None:

@@ -66,7 +66,7 @@ def open_origin(name: Path, runs_dir: str, scratch: Path) -> Origin:
     base = RecipeBase(
         name=record["base_model"], revision=record["base_revision"], fingerprint=record["base_fingerprint"]
     )
-    if run.stage == "prefer":
+    if run.stage != "train":
         raise ExportError(f"{run.path}: was trained on preferences, and only instruction tuning is trained again.")
     recipe = make_recipe(run, base)
     if recipe is None:

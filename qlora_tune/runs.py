@@ -13,9 +13,10 @@ RUN/adapter/          the trained adapter
 RUN/scores.json, RUN/comparison.md   base against tuned on the held-out rows; scores-unseen.json and so on likewise
 RUN/report.html       all of it for people, on one page
 RUN/votes.jsonl       which answers people found best (compare --vote)
-RUN/pairs.jsonl, RUN/pairs-heldout.jsonl   of `prefer`: the preference pairs that are trained on and scored on
-RUN/reference/        of `prefer`: the adapter that it began with
+RUN/pairs.jsonl, RUN/pairs-heldout.jsonl   of `prefer` and `reward`: the pairs that are trained on and scored on
+RUN/reference/        of `prefer` and `reward`: the adapter that it began with
 RUN/preferences.json  of `prefer`: the held-out pairs before and after
+RUN/rewards.json      of `reward`: the rewards of the held-out pairs
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class Run:
     def has_adapter(self) -> bool:
         return (self.adapter / "adapter_config.json").is_file()
 
+    @property
+    def can_answer(self) -> bool:
+        """Whether the run has an adapter that writes answers."""
+        return self.has_adapter and not is_reward_model(self.adapter)
+
     def require_adapter(self) -> None:
         """Raise RunError with the way on when the run has no adapter yet."""
         if not self.has_adapter:
@@ -77,7 +83,10 @@ class Run:
     @property
     def stage(self) -> str:
         """The command that trains the run."""
-        return "prefer" if self.read_config().preference_data else "train"
+        config = self.read_config()
+        if config.reward_model:
+            return "reward"
+        return "prefer" if config.preference_data else "train"
 
     def resume_command(self) -> str:
         """What goes on with the run in a terminal."""
@@ -87,7 +96,8 @@ class Run:
         """Raise RunError when there is nothing to go on with."""
         status = self.read_state()["status"]
         if status in ("running", "finished"):
-            hint = f" Score it again with: python -m qlora_tune evaluate {self.path}" if status == "finished" else ""
+            again = status == "finished" and self.stage != "reward"
+            hint = f" Score it again with: python -m qlora_tune evaluate {self.path}" if again else ""
             raise RunError(f"{self.path}: this run is {status}; there is nothing to go on with.{hint}")
 
     def read_config(self) -> TrainConfig:
@@ -225,8 +235,8 @@ def open_run(name: str | Path, runs_dir: str | Path = "runs") -> Run:
 
 
 def latest_run(runs_dir: str | Path = "runs") -> Run:
-    """The newest run that has an adapter. Raises RunError when there is none."""
-    finished = [run for run in list_runs(runs_dir) if run.has_adapter]
+    """The newest run that has an adapter to answer with. Raises RunError when there is none."""
+    finished = [run for run in list_runs(runs_dir) if run.can_answer]
     if not finished:
         raise RunError(f"There is no run with an adapter in {runs_dir}. Train one first: qlora_tune train FILE")
     return finished[-1]
@@ -240,6 +250,13 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         with contextlib.suppress(RunError):
             created[run] = run.read_state().get("created", 0)
     return sorted(created, key=lambda run: created[run])
+
+
+def is_reward_model(adapter: Path) -> bool:
+    """Whether an adapter's folder holds a reward model: it scores answers and writes none."""
+    with contextlib.suppress(RunError):  # what can't be read is refused where it is loaded
+        return bool(read_json(adapter / "adapter_config.json").get("task_type") == "SEQ_CLS")
+    return False
 
 
 def seal_checkpoint(folder: Path) -> None:

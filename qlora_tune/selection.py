@@ -24,9 +24,14 @@ from qlora_tune.row_files import to_row, write_rows
 from qlora_tune.shapes import NO_TASK, Example
 from qlora_tune.turns import Message
 
-Criterion = Literal["ifd", "length", "diversity"]
+Criterion = Literal["ifd", "length", "diversity", "reward"]
 # What the score of each criterion is called in the files that are written.
-SCORE_NAMES: dict[Criterion, str] = {"ifd": "ifd", "length": "answer_bytes", "diversity": "distance"}
+SCORE_NAMES: dict[Criterion, str] = {
+    "ifd": "ifd",
+    "length": "answer_bytes",
+    "diversity": "distance",
+    "reward": "reward",
+}
 NO_HELP = "its prompt does not help: IFD of 1 or more"
 NO_SCORE = "can't be scored: longer than max_length, or without a word"
 NOT_CHOSEN = "not among the best"
@@ -67,8 +72,8 @@ class LeftOut:
 class Selection:
     """What was chosen, and what was not: both are numbers of examples, in file order.
 
-    A score is an IFD, the answers' length in UTF-8 bytes, or the cosine distance to the nearest example chosen before
-    it (for one left out: to the nearest chosen at all).
+    A score is an IFD, a reward, the answers' length in UTF-8 bytes, or the cosine distance to the nearest example
+    chosen before it (for one left out: to the nearest chosen at all).
     """
 
     by: Criterion
@@ -131,21 +136,22 @@ def select_examples(
     per_task: bool = True,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Selection:
-    """Choose `rows` examples: the highest IFDs below 1, the longest answers, or the ones most unlike each other.
+    """Choose `rows` examples: the highest IFDs below 1 or rewards, the longest answers, or the most unlike each other.
 
-    Only "ifd" uses `scores`: one per example, None where it is unknown. "length" is Zhao et al.'s baseline, which is
-    strong (arXiv 2402.04833). "diversity" is greedy k-center (Sener and Savarese, arXiv 1708.00489) on hashed
+    "ifd" and "reward" use `scores`: one per example, None where it is unknown. "length" is Zhao et al.'s baseline,
+    which is strong (arXiv 2402.04833). "diversity" is greedy k-center (Sener and Savarese, arXiv 1708.00489) on hashed
     character n-grams, from a start that `seed` draws; `on_progress` gets rows chosen and rows to choose. With
     `per_task`, each task gives rows in proportion to its size, one at least while there are rows. Ties go to the
     earlier row, and fewer rows are chosen where no more are fit. Raises ConfigError.
     """
     if rows < 1:
         raise ConfigError(f"rows is {rows}, expected 1 or more: how many examples to keep.")
-    if by == "ifd" and (scores is None or len(scores) != len(examples)):
+    scored = by in ("ifd", "reward")
+    if scored and (scores is None or len(scores) != len(examples)):
         found = "none" if scores is None else str(len(scores))
-        raise ConfigError(f'"ifd" needs a score for each of {len(examples)} examples, found {found}: see score_ifd.')
-    known = list(scores) if by == "ifd" and scores else [_count_answer_bytes(example) for example in examples]
-    unfit = _find_unfit(known) if by == "ifd" else {}
+        raise ConfigError(f'"{by}" needs a score for each of {len(examples)} examples, found {found}.')
+    known = list(scores) if scored and scores else [_count_answer_bytes(example) for example in examples]
+    unfit = _find_unfit(known, math.inf if by == "reward" else 1) if scored else {}
     groups = _group_by_task(examples, per_task)
     fit = {task: [index for index in members if index not in unfit] for task, members in groups.items()}
     shares = _share_rows({task: len(members) for task, members in groups.items()}, fit, rows)
@@ -204,12 +210,12 @@ def _to_difficulty(source: str, pair: _Pair, nll: Mapping[PackedSequence, float]
     return Difficulty(source, tokens, with_prompt, alone, problem)
 
 
-def _find_unfit(scores: Sequence[float | None]) -> dict[int, str]:
+def _find_unfit(scores: Sequence[float | None], limit: float) -> dict[int, str]:
     unfit: dict[int, str] = {}
     for index, score in enumerate(scores):
         if score is None or not math.isfinite(score):
             unfit[index] = NO_SCORE
-        elif score >= 1:
+        elif score >= limit:
             unfit[index] = NO_HELP
     return unfit
 

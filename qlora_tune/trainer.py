@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer as this project uses them: what they are told, and the loss that they compute.
+"""TRL's SFTTrainer, DPOTrainer and RewardTrainer as used here: what they are told, and the loss that they compute.
 
 Station between the run's life (train.py) and the fast path. The only module that knows our settings and TRL's.
 """
@@ -6,8 +6,8 @@ Station between the run's life (train.py) and the fast path. The only module tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,10 @@ from qlora_tune.model import Device, Precision
 from qlora_tune.preferences import TokenizedPair
 from qlora_tune.prepare import PAD_TO, Setup, count_steps, optimizer_of
 from qlora_tune.runs import Run
+
+# Pulls rewards towards a mean of 0, so that those of different prompts can be compared: the loss of pairs knows their
+# differences alone. The weight that TRL recommends (Eisenstein et al., arXiv 2312.09244).
+CENTER = 0.01
 
 
 def to_sft_config(
@@ -51,7 +55,7 @@ def to_sft_config(
 def _arguments(
     config: TrainConfig, run: Run, device: Device, precision: Precision, steps: int, has_heldout: bool
 ) -> dict[str, Any]:
-    """What both of TRL's trainers are told."""
+    """What all of TRL's trainers are told."""
     every = int(config.eval_steps) if config.eval_steps >= 1 else max(1, math.ceil(steps * config.eval_steps))
     on_cuda = device.kind == "cuda"
     return {
@@ -224,30 +228,17 @@ def build_preference_trainer(
             """Nothing asks for it, and counting goes over all parameters at every step."""
             return 0
 
-    steps = count_steps(config, len(train))
-    told = _arguments(config, run, device, precision, steps, bool(heldout))
-    on_cuda = device.kind == "cuda"
-    exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name}
-    trainer = PairTrainer(
-        model=model,
-        args=DPOConfig(
-            **told,
-            beta=config.beta,
-            loss_type=[config.loss_type],
-            # A GPU's memory is what runs out, and no estimate is made for pairs the plain way.
-            gradient_checkpointing=plain
-            and (config.activation_checkpointing == "on" or (config.activation_checkpointing == "auto" and on_cuda)),
-        ),
-        train_dataset=_to_pair_dataset(train),
-        eval_dataset=_to_pair_dataset(heldout) if heldout else None,
-        processing_class=tokenizer,
-        callbacks=_early_stopping(config, run) if heldout else [],
-    )
+    told = _pair_arguments(config, run, device, precision, len(train), bool(heldout), plain)
+    with _unrounded(model):
+        trainer = PairTrainer(
+            model=model,
+            args=DPOConfig(**told, beta=config.beta, loss_type=[config.loss_type]),
+            train_dataset=_to_pair_dataset(train),
+            eval_dataset=_to_pair_dataset(heldout) if heldout else None,
+            processing_class=tokenizer,
+            callbacks=_early_stopping(config, run) if heldout else [],
+        )
     trainer.remove_callback(PrinterCallback)
-    # TRL rounds the adapter to bfloat16: it would begin as another model than its reference, and small steps be lost.
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.data = exact[name.replace(".ref.", ".default.")].float().clone()
     return trainer
 
 
@@ -273,6 +264,74 @@ def _log_probs(fast: FastModel, input_ids: Any, attention_mask: Any, labels: Any
     unknown = torch.zeros_like(labels[:, 1:])
     log_probs = torch.nn.functional.pad(sums.unsqueeze(1), (0, unknown.shape[1] - 1))
     return ModelOutput(log_probs=log_probs, entropy=unknown, mean_logits=unknown, is_top1=unknown.bool())
+
+
+def build_reward_trainer(
+    model: Any,
+    config: TrainConfig,
+    run: Run,
+    device: Device,
+    precision: Precision,
+    tokenizer: Any,
+    train: Sequence[TokenizedPair],
+    heldout: Sequence[TokenizedPair],
+    *,
+    plain: bool,
+) -> Any:
+    """A RewardTrainer over prepared pairs: Bradley-Terry loss on the rewards at the answers' last tokens."""
+    from transformers import PrinterCallback
+    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    class ScoreTrainer(RewardTrainer):  # type: ignore[misc]
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Leave no card of empty headings in the checkpoints."""
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            """Nothing asks for it, and counting goes over all parameters at every step."""
+            return 0
+
+    told = _pair_arguments(config, run, device, precision, len(train), bool(heldout), plain)
+    ends = {pair.chosen_ids[-1] for pair in train}
+    # The reward is read at the last token that is no padding, which may be the end of turn in a base's tokenizer.
+    pad = next(token for token in (tokenizer.pad_token_id, *range(len(ends) + 1)) if token not in ends)
+    with _unrounded(model):
+        trainer = ScoreTrainer(
+            model=model,
+            args=RewardConfig(**told, center_rewards_coefficient=CENTER),
+            data_collator=DataCollatorForPreference(pad, told["pad_to_multiple_of"]),
+            train_dataset=_to_reward_dataset(train),
+            eval_dataset=_to_reward_dataset(heldout) if heldout else None,
+            processing_class=tokenizer,
+            callbacks=_early_stopping(config, run) if heldout else [],
+        )
+    model.config.get_text_config().pad_token_id = pad
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _pair_arguments(
+    config: TrainConfig, run: Run, device: Device, precision: Precision, pairs: int, has_heldout: bool, plain: bool
+) -> dict[str, Any]:
+    """What the trainers on pairs are told."""
+    # A GPU's memory is what runs out, and no estimate is made for pairs the plain way.
+    automatic = config.activation_checkpointing == "auto" and device.kind == "cuda"
+    recompute = plain and (config.activation_checkpointing == "on" or automatic)
+    told = _arguments(config, run, device, precision, count_steps(config, pairs), has_heldout)
+    return told | {"gradient_checkpointing": recompute}
+
+
+@contextmanager
+def _unrounded(model: Any) -> Iterator[None]:
+    """Keep what is trained, and TRL's copy of it ("ref"), from being rounded to bfloat16 while a trainer is made.
+
+    It would begin as another model than the one that was loaded, and small steps be lost.
+    """
+    exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if (before := name.replace(".ref.", ".default.")) in exact:
+            weight.data = exact[before].float().clone()
 
 
 def _early_stopping(config: TrainConfig, run: Run) -> list[Any]:
@@ -334,3 +393,15 @@ def _to_pair_dataset(pairs: Sequence[TokenizedPair]) -> Any:
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     return Dataset.from_dict({column: [getattr(pair, column) for pair in pairs] for column in columns})
+
+
+def _to_reward_dataset(pairs: Sequence[TokenizedPair]) -> Any:
+    """Whole conversations, as RewardTrainer takes them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "chosen_ids": [pair.prompt_ids + pair.chosen_ids for pair in pairs],
+            "rejected_ids": [pair.prompt_ids + pair.rejected_ids for pair in pairs],
+        }
+    )

@@ -82,10 +82,12 @@ ORDER = [
     "export",
     "prefer",
     "hub_models",
+    "reward_model",
     "chat",
     "side_by_side",
     "outsiders",
     "grow",
+    "reward",
     "terminal",
     "terminal_report",
     "flags",
@@ -99,6 +101,7 @@ ORDER = [
     "cli_train",
     "cli_evaluate",
     "cli_prefer",
+    "cli_reward",
     "cli_compare",
     "cli_grow",
     "reproduce",
@@ -148,7 +151,7 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
         "trl": {"trainer"},
-        "peft": {"adapters", "layers", "trainer", "export"},
+        "peft": {"adapters", "layers", "trainer", "export", "reward_model"},
         "bitsandbytes": {"layers", "doctor"},
         "gradio": {"page_review"},
     }

@@ -266,15 +266,16 @@ def command(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.reliability
-def test_a_stopped_run_goes_on_to_the_same_adapter(finished: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "more"), [("prefer", ["--score-rows", "0"]), ("reward", [])])
+def test_a_stopped_run_goes_on_to_the_same_adapter(stage: str, more: list[str], finished: Any, tmp_path: Path) -> None:
     data = sample_votes(tmp_path / "votes.jsonl", 120)
-    flags = ["--max-steps", "12", "--eval-steps", "4", "--score-rows", "0", "--runs-dir", str(tmp_path / "runs")]
-    whole = command("prefer", str(finished[0].path), "--data", data, *flags, "--run-name", "whole")
+    flags = ["--max-steps", "12", "--eval-steps", "4", "--runs-dir", str(tmp_path / "runs"), *more]
+    whole = command(stage, str(finished[0].path), "--data", data, *flags, "--run-name", "whole")
     output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output
     assert "chosen answer has the higher reward" in output
     cut = Run(tmp_path / "runs" / "cut")
-    process = command("prefer", str(finished[0].path), "--data", data, *flags, "--run-name", "cut")
+    process = command(stage, str(finished[0].path), "--data", data, *flags, "--run-name", "cut")
     deadline = time.monotonic() + 240
     while not (cut.path.exists() and any(entry["step"] >= 2 for entry in cut.read_metrics())):
         assert process.poll() is None
@@ -283,10 +284,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(finished: Any, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert (process.returncode, cut.read_state()["status"]) == (130, "stopped"), output
-    assert f"python -m qlora_tune prefer --resume {cut.path}" in output
+    assert f"python -m qlora_tune {stage} --resume {cut.path}" in output
     refused = command("train", "--resume", str(cut.path))
-    assert "prefer --resume" in refused.communicate(timeout=60)[0]
-    resumed = command("prefer", "--resume", str(cut.path))
+    assert f"{stage} --resume" in refused.communicate(timeout=60)[0]
+    resumed = command(stage, "--resume", str(cut.path))
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert weights(cut.adapter) == weights(tmp_path / "runs" / "whole" / "adapter")
