@@ -68,6 +68,7 @@ def prefer(
     setup = prepare_preferences(config, origin)
     with lock_device(kind) as lock:
         run = new_run(config)
+        run.update_state(began_with=origin.place)
         lock.write_holder(run)
         quiet_stack(run.log_file)
         _fit(config, run, setup, origin, resume=False)
@@ -75,21 +76,22 @@ def prefer(
 
 def _resume(run: Run) -> None:
     from qlora_tune.model import detect_device
-    from qlora_tune.prefer import REFERENCE, Origin, prepare_preferences
+    from qlora_tune.prefer import prepare_preferences, reopen_origin
 
     run.require_unfinished()
-    config, origin = run.read_config(), Origin(run.path / REFERENCE, run)
+    config = run.read_config()
     if not config.preference_data:
         raise ConfigError(f"{run.path}: is no preference training. Go on with: {run.resume_command()}")
     with lock_device(detect_device().kind) as lock:
         lock.write_holder(run)
         quiet_stack(run.log_file)
         try:
+            origin, begun = reopen_origin(run)
             setup = prepare_preferences(config, origin)
         except TuneError as error:
             run.update_state(status="failed", reason=str(error))
             raise
-        _fit(config, run, setup, origin, resume=True)
+        _fit(config, run, setup, origin, resume=begun)
 
 
 def _fit(config: TrainConfig, run: Run, setup: PreferenceSetup, origin: Origin, *, resume: bool) -> None:

@@ -57,6 +57,11 @@ class Origin:
     adapter: Path
     run: Run | None
 
+    @property
+    def place(self) -> str:
+        """What find_origin finds it by, from anywhere."""
+        return str((self.run.path if self.run else self.adapter).resolve())
+
 
 @dataclass(frozen=True)
 class PreferenceSetup:
@@ -122,6 +127,14 @@ def find_origin(name: Path, runs_dir: str) -> Origin:
     return Origin(run.adapter, run)
 
 
+def reopen_origin(run: Run) -> tuple[Origin, bool]:
+    """What a run goes on from, and whether it has begun: then its own copy of the first adapter. Raises RunError."""
+    state = run.read_state()
+    if "preferences_fingerprint" in state:
+        return Origin(run.path / REFERENCE, run), True
+    return find_origin(Path(state.get("began_with", run.path)), ""), False
+
+
 def make_settings(origin: Origin, data: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
     """The settings of a preference training: those of the adapter's run, what this stage changes, then flags.
 
@@ -179,7 +192,7 @@ def prefer(
     trained = setup.trained
     first = run.path / REFERENCE
     if not resume:
-        shutil.copytree(origin.adapter, first)
+        shutil.copytree(origin.adapter, first, dirs_exist_ok=True)  # a killed process may have left a part of it
         _write_record(config, run, setup, origin)
     files = [*rows.find_data(config.preference_data), str(first / "adapter_model.safetensors")]
     fingerprints = {
@@ -244,7 +257,7 @@ def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin:
     runs.write_json(run.path / "data.json", setup.summary() | {"files": [*earlier, *files]})
     keep_pairs(run.path, [pair for pair, _ in setup.train], [pair for pair, _ in setup.heldout])
     run.write_problems(setup.report.problems)
-    run.update_state(began_with=str((origin.run.path if origin.run else origin.adapter).resolve()))
+    run.update_state(began_with=origin.place)
     run.write_heldout(setup.examples)
     if setup.unseen:
         run.write_heldout(setup.unseen, runs.UNSEEN)

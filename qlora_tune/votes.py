@@ -85,18 +85,22 @@ def key_prompt(prompt: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (
     return json.dumps([turns, list(tools)], sort_keys=True, default=str)
 
 
-def append_vote(path: Path, vote: Vote) -> None:
+def append_vote(path: Path, vote: Vote, *, once: bool = False) -> bool:
     """Put a vote behind those of a file, on the disk before this returns: a kill costs the line being written at most.
 
-    What such a kill left of a line is taken out.
+    What such a kill left of a line is taken out. With `once` the same answers take one vote: where they have one,
+    the file stays as it is, and False is returned.
     """
     line = to_line({**asdict(vote), "prompt": [to_turn(turn) for turn in vote.prompt]}).encode()
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two terminals may vote into one file
+        if once and any(_same_answers(vote, other) for other in read_votes(path)):
+            return False
         _end_last_line(file)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    return True
 
 
 def read_votes(path: Path) -> list[Vote]:
@@ -141,6 +145,10 @@ def wilson_interval(wins: int, decided: int) -> Interval:
     middle = (share + weight / 2) / (1 + weight)
     reach = z / (1 + weight) * (share * (1 - share) / decided + weight / (4 * decided)) ** 0.5
     return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def _same_answers(one: Vote, other: Vote) -> bool:
+    return (one.key, one.answers, one.fingerprints) == (other.key, other.answers, other.fingerprints)
 
 
 def _end_last_line(file: BinaryIO) -> None:
