@@ -19,7 +19,9 @@ import pytest
 from conftest import ROOT
 from screenshots import CHROMIUM, CHROMIUM_FLAGS
 
-from qlora_tune.runs import list_runs, open_run
+from qlora_tune.preferences import read_kept_pairs
+from qlora_tune.runs import Run, list_runs, open_run
+from qlora_tune.votes import read_votes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)")
 
@@ -224,6 +226,94 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
     tuned.first.wait_for()
     time.sleep(2)
     assert tab.locator(".pane .turn.assistant").last.inner_text() == tuned_before
+
+
+def ask_held_out(tab: Any, number: int) -> None:
+    """Send a held-out prompt, and wait until both sides have answered."""
+    from playwright.sync_api import expect
+
+    tab.get_by_label("Held-out prompts").click()
+    tab.get_by_role("option").nth(number).click()
+    expect(tab.get_by_label("Your message")).not_to_have_value("")
+    button(tab, "Send").click()
+    button(tab, "Both bad").wait_for()
+
+
+def last_answers(tab: Any) -> list[Any]:
+    return [pane.locator(".turn.assistant").last for pane in tab.locator(".pane .part:visible").all()]
+
+
+def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
+    serve: Callable[[int], Page], tab: Any, finished: Any
+) -> None:
+    page = serve(7937)
+    before = Run(shutil.copytree(finished[0].path, page.runs_dir / "short"))
+    before.update_state(pid=None)
+    config = before.path / "config.toml"
+    config.write_text(re.sub(r"score_rows = \d+", "score_rows = 8", config.read_text()))
+    tab.set_viewport_size({"width": 800, "height": 900})
+    tab.goto(page.url)
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_text("No votes of this run yet.").wait_for()
+    for number, choice in enumerate(["A is better", "B is better", "Tie", "Both bad", "A is better"]):
+        tab.get_by_label("Max new tokens").fill("24")
+        tab.get_by_label("Blind").check()
+        ask_held_out(tab, number)
+        assert [turn.locator("b").inner_text() for turn in last_answers(tab)] == ["A", "B"]
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        button(tab, choice).dblclick()
+        button(tab, choice).wait_for(state="hidden")
+        tab.get_by_text(f"{number + 1} votes of this run").wait_for()
+        *_, vote = read_votes(before.path / "votes.jsonl")
+        texts = [turn.inner_text() for turn in last_answers(tab)]
+        answerers = ["base" if "(base)" in text else "short" for text in texts]
+        assert [text[:3] for text in texts] == ["A (", "B ("]
+        assert all(text.endswith(vote.answers[name]) for text, name in zip(texts, answerers, strict=True))
+        places = {"A is better": answerers[0], "B is better": answerers[1], "Tie": "tie", "Both bad": "none"}
+        assert (vote.winner, vote.blind) == (places[choice], True)
+
+    tab.reload()
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_text("5 votes of this run, 3 of them").wait_for()
+    for number in range(5, 10):
+        tab.get_by_label("Max new tokens").fill("24")
+        ask_held_out(tab, number)
+        button(tab, "B is better").click()
+        tab.get_by_text(f"{number + 1} votes of this run").wait_for()
+    ask_held_out(tab, 5)
+    button(tab, "A is better").click()
+    tab.get_by_text("These answers have a vote already; it stands.").wait_for()
+    votes = read_votes(before.path / "votes.jsonl")
+    assert [(vote.blind, vote.winner == "short") for vote in votes[5:]] == [(False, True)] * 5
+    asked = [row.messages[:-1] for row in before.read_heldout()[:10]]
+    assert [vote.prompt for vote in votes] == asked
+
+    button(tab, "Train on the votes").click()
+    button(tab, "Export the votes as pairs").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download short-pairs.jsonl").click()
+    pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+    assert len(pairs) == sum(vote.winner in vote.answers for vote in votes) == 8
+    assert [pair["chosen"][0]["content"] for pair in pairs[-5:]] == [vote.answers["short"] for vote in votes[5:]]
+
+    tab.get_by_label("num_train_epochs").last.fill("2")
+    button(tab, "Train on these votes").click()
+    tab.get_by_text("preparing: reading the rows").or_(tab.get_by_role("progressbar", name="steps")).first.wait_for()
+    (run,) = (found for found in list_runs(page.runs_dir) if found.name != "short")
+    tab.locator(".pane p", has_text=re.compile(rf"^{run.name}: finished$")).wait_for(timeout=120_000)
+    assert (run.read_config().num_train_epochs, run.stage) == (2, "prefer")
+    assert len(read_kept_pairs(run.path)[0]) + len(read_kept_pairs(run.path)[1]) == 8
+    button(tab, "Compare base and tuned").click()
+    tab.wait_for_function("at => document.querySelector('input[aria-label=Adapter]').value == at", arg=run.name)
+    ask_held_out(tab, 0)
+    tab.get_by_role("tab", name="Runs and export").click()
+    table = tab.get_by_role("region", name="run", exact=True)
+    table.get_by_text(run.name, exact=True).wait_for()
+    assert table.get_by_text("short", exact=True).count() == 1
+    tab.get_by_label("Runs; the first is looked at and exported").click()
+    tab.get_by_role("option", name="short").click()
+    tab.get_by_text("settings that differ").wait_for()
+    tab.get_by_text("exact match on held-out rows").wait_for()
 
 
 def test_injected_scripts_run_nowhere(
