@@ -23,7 +23,7 @@ from qlora_tune.comparison import pick_answers, read_comparison
 from qlora_tune.config import TrainConfig, describe_setting, list_presets, resolve_config, shipped_path
 from qlora_tune.data import find_data, parse_columns
 from qlora_tune.errors import DataError, RunError, TuneError
-from qlora_tune.export import export_adapter, merge_adapter, open_adapter
+from qlora_tune.export import export_adapter, export_gguf, merge_adapter, open_adapter
 from qlora_tune.flags import TRAIN_FLAGS, as_field, flags_of_fields, group_of, is_list
 from qlora_tune.model import detect_device
 from qlora_tune.page_chat import build_chat, pick_adapter, release_chat
@@ -241,6 +241,12 @@ def export_merged(names: list[str], into: Any, dtype: Any) -> str:
     return parts.show_message(f"Merged model: {run.path / 'merged'}; loaded again; {parity.describe()}.", "good")
 
 
+def export_llama_cpp(names: list[str]) -> str:
+    trained, run = first_tuned(names)
+    parity = export_gguf(trained, run, run.path / "gguf")
+    return parts.show_message(f"Adapter and Modelfile: {run.path / 'gguf'}; read back; {parity.describe()}.", "good")
+
+
 def rename(names: list[str], name: str) -> tuple[Any, ...]:
     renamed = launch.rename_run(find_run(names[0] if names else None), name.strip())
     return *refresh_runs([renamed.name, *names[1:]]), ""
@@ -386,6 +392,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
         into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized: as trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
         merge = gr.Button("Export the merged model", scale=0, min_width=260)
+        gguf = gr.Button("Export for llama.cpp (GGUF)", scale=0, min_width=260)
     say_out, done, packed, acts = part(), part(), gr.DownloadButton(visible=False), part()
     which = gr.Radio(["best", "worst", "random"], value="worst", label="Answers")
     answers = part()
@@ -403,6 +410,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
     on(pack.click, export_zip, [chosen], say_out, [packed, done], **heavy)
     on(tell.click, export_report, [chosen], say_out, [packed, done])
     on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **heavy)
+    on(gguf.click, export_llama_cpp, [chosen], say_out, [done], **heavy)
     on(change.click, rename, [chosen, name], say_down, [chosen, table, name])
     reveal(doom.click, asked, say_down, True)
     reveal(keep.click, asked, say_down, False)

@@ -96,6 +96,8 @@ def answer(
         if ballot and run and all(answered):
             ballot = ballot.fill([side[-1]["content"] for side in sides])
             offered = ((ballot, arrange(voices), grown), gr.Row(visible=True), show_count(run))
+        else:
+            names = name_sides(arrange(voices))
         yield parts.show_message(words, "soft"), kept, *sides, *parts.show_sides(arrange(sides), names), *offered
     except Exception as error:
         yield parts.show_problem(error), prompt, *before, *parts.show_sides(before, name_sides(voices)), *silent
@@ -110,8 +112,7 @@ def require_run(adapter: str | None) -> Run:
 
 def show_count(run: Run) -> str:
     votes, decided = ballots.count_votes(run)
-    words = f"{votes} votes of this run, {decided} of them say which answer is better."
-    return parts.show_message(words if votes else "No votes of this run yet.", "soft")
+    return parts.show_message(f"Votes of this run: {votes}; {decided} say which answer is better.", "soft")
 
 
 def vote(choice: str, offered: Any, adapter: str) -> tuple[Any, ...]:

@@ -59,11 +59,8 @@ def test_a_vote_in_a_chat_is_the_line_that_compare_writes(run: Run, tmp_path: Pa
 def test_a_blind_vote_draws_the_sides_and_an_open_one_does_not(run: Run) -> None:
     open_ones = [draw_ballot(run, VOICES, user("Hi"), blind=False) for _ in range(20)]
     assert {tuple(ballot.letters.values()) for ballot in open_ones} == {("base", "short")}
-    drawn = {
-        tuple(ballot.letters.values()): ballot
-        for _ in range(40)
-        for ballot in [draw_ballot(run, VOICES, user("Hi"), True)]
-    }
+    blind_ones = [draw_ballot(run, VOICES, user("Hi"), blind=True) for _ in range(40)]
+    drawn = {tuple(ballot.letters.values()): ballot for ballot in blind_ones}
     assert drawn.keys() == {("base", "short"), ("short", "base")}
     for names, ballot in drawn.items():
         assert ballot.arrange(["base", "short"]) == list(names)

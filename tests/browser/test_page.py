@@ -228,6 +228,21 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
     assert tab.locator(".pane .turn.assistant").last.inner_text() == tuned_before
 
 
+def count_controls(tab: Any) -> int:
+    """How many controls are in sight; each must have a name."""
+    controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible").all()
+    unnamed = [
+        control.evaluate("e => e.outerHTML.slice(0, 200)")
+        for control in controls
+        if not control.evaluate(
+            "e => (e.ariaLabel || e.innerText || e.title"
+            " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
+        )
+    ]
+    assert not unnamed
+    return len(controls)
+
+
 def ask_held_out(tab: Any, number: int) -> None:
     """Send a held-out prompt, and wait until both sides have answered."""
     from playwright.sync_api import expect
@@ -254,7 +269,7 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
     tab.set_viewport_size({"width": 800, "height": 900})
     tab.goto(page.url)
     tab.get_by_role("tab", name="Chat").click()
-    tab.get_by_text("No votes of this run yet.").wait_for()
+    tab.get_by_text("Votes of this run: 0;").wait_for()
     for number, choice in enumerate(["A is better", "B is better", "Tie", "Both bad", "A is better"]):
         tab.get_by_label("Max new tokens").fill("24")
         tab.get_by_label("Blind").check()
@@ -263,7 +278,7 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
         assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         button(tab, choice).dblclick()
         button(tab, choice).wait_for(state="hidden")
-        tab.get_by_text(f"{number + 1} votes of this run").wait_for()
+        tab.get_by_text(f"Votes of this run: {number + 1};").wait_for()
         *_, vote = read_votes(before.path / "votes.jsonl")
         texts = [turn.inner_text() for turn in last_answers(tab)]
         answerers = ["base" if "(base)" in text else "short" for text in texts]
@@ -274,12 +289,12 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
 
     tab.reload()
     tab.get_by_role("tab", name="Chat").click()
-    tab.get_by_text("5 votes of this run, 3 of them").wait_for()
+    tab.get_by_text("Votes of this run: 5; 3 say").wait_for()
     for number in range(5, 10):
         tab.get_by_label("Max new tokens").fill("24")
         ask_held_out(tab, number)
         button(tab, "B is better").click()
-        tab.get_by_text(f"{number + 1} votes of this run").wait_for()
+        tab.get_by_text(f"Votes of this run: {number + 1};").wait_for()
     ask_held_out(tab, 5)
     button(tab, "A is better").click()
     tab.get_by_text("These answers have a vote already; it stands.").wait_for()
@@ -288,10 +303,12 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
     asked = [row.messages[:-1] for row in before.read_heldout()[:10]]
     assert [vote.prompt for vote in votes] == asked
 
-    button(tab, "Train on the votes").click()
+    tab.get_by_role("button", name="Train on the votes").click()
     button(tab, "Export the votes as pairs").click()
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Download short-pairs.jsonl").click()
+    assert count_controls(tab) <= 30
+    assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert len(pairs) == sum(vote.winner in vote.answers for vote in votes) == 8
     assert [pair["chosen"][0]["content"] for pair in pairs[-5:]] == [vote.answers["short"] for vote in votes[5:]]
@@ -300,7 +317,7 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
     button(tab, "Train on these votes").click()
     tab.get_by_text("preparing: reading the rows").or_(tab.get_by_role("progressbar", name="steps")).first.wait_for()
     (run,) = (found for found in list_runs(page.runs_dir) if found.name != "short")
-    tab.locator(".pane p", has_text=re.compile(rf"^{run.name}: finished$")).wait_for(timeout=120_000)
+    tab.locator(".pane p", has_text=re.compile(rf"^{run.name}: finished$")).wait_for(timeout=240_000)
     assert (run.read_config().num_train_epochs, run.stage) == (2, "prefer")
     assert len(read_kept_pairs(run.path)[0]) + len(read_kept_pairs(run.path)[1]) == 8
     button(tab, "Compare base and tuned").click()
@@ -390,6 +407,14 @@ def test_injected_scripts_run_nowhere(
         tab.get_by_label("Max new tokens").fill("2")
         button(tab, "Send").click()
         time.sleep(0.7)
+    button(tab, "Clear").click()
+    tab.get_by_label("Your message").fill(INJECTIONS[0])
+    button(tab, "Send").click()
+    button(tab, "A is better").click()
+    tab.get_by_text("Votes of this run: 1;").wait_for()
+    tab.get_by_role("button", name="Train on the votes").click()
+    button(tab, "Export the votes as pairs").click()
+    tab.get_by_role("button", name="-pairs.jsonl").or_(tab.get_by_role("alert")).first.wait_for()
     nothing_ran()
     tab.close()
 
@@ -411,17 +436,7 @@ def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callabl
             if group:
                 tab.get_by_role("tab", name=group, exact=True).last.click()
                 time.sleep(0.5)
-            controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible")
-            counted[name + group] = controls.count()
-        unnamed = [
-            control.evaluate("e => e.outerHTML.slice(0, 200)")
-            for control in controls.all()
-            if not control.evaluate(
-                "e => (e.ariaLabel || e.innerText || e.title"
-                " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
-            )
-        ]
-        assert not unnamed, name
+            counted[name + group] = count_controls(tab)
     print(counted)
     assert max(counted.values()) <= 30, counted
     assert len((ROOT / "app.py").read_text().splitlines()) <= 600
