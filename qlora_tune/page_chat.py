@@ -129,7 +129,8 @@ def show_votes(adapter: str | None) -> tuple[Any, ...]:
     """The count of an adapter's votes, and the usual settings of training on them."""
     run = chat.find_own_run(Path(adapter or ""))
     if not run:
-        return "", gr.Accordion(visible=False), *(gr.skip(),) * len(ASKED), gr.DownloadButton(visible=False)
+        why = parts.show_message(ballots.why_no_vote(None, (), ()), "soft") if adapter else ""
+        return why, gr.Accordion(visible=False), *(gr.skip(),) * len(ASKED), gr.DownloadButton(visible=False)
     config = make_settings(ballots.find_beginning(run)[0], [], {})
     usual = (getattr(config, name) for name in ASKED)
     return show_count(run), gr.Accordion(visible=True), *usual, gr.DownloadButton(visible=False)

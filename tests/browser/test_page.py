@@ -218,6 +218,7 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
         button(tab, "Open an adapter (.zip)").click()
     chooser.value.set_files(packed)
     tab.wait_for_function("() => document.querySelector('input[aria-label=Adapter]').value.includes('(opened)')")
+    tab.get_by_text("this adapter came as a zip").wait_for()
     tuned_before = tab.locator(".pane .turn.assistant").last.inner_text()
     button(tab, "Clear").click()
     tab.locator(".pane .turn").first.wait_for(state="detached")
