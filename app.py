@@ -6,44 +6,34 @@ Thin over the package: a handler turns fields into arguments, calls one function
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import signal
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from cyclopts import App, CycloptsError, Parameter
 
-from qlora_tune.model import detect_device, free_memory, quiet_stack
-
-quiet_stack()
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-# Uploads and downloads pass through here. Only this user can open it, and it goes when the page ends.
-CACHE = tempfile.TemporaryDirectory(prefix="qlora-tune-page-")
-os.environ["GRADIO_TEMP_DIR"] = CACHE.name
-
-import gradio as gr  # reads both when it is imported
-
-from qlora_tune import chat, launch, page_guard
+from qlora_tune import launch, page_guard
 from qlora_tune import page_parts as parts
 from qlora_tune.comparison import pick_answers, read_comparison
 from qlora_tune.config import TrainConfig, describe_setting, list_presets, resolve_config, shipped_path
 from qlora_tune.data import find_data, parse_columns
-from qlora_tune.errors import ConfigError, DataError, RunError, TuneError
-from qlora_tune.export import export_adapter, merge_adapter, open_adapter
+from qlora_tune.errors import DataError, RunError, TuneError
+from qlora_tune.export import export_adapter, export_gguf, merge_adapter, open_adapter
 from qlora_tune.flags import TRAIN_FLAGS, as_field, flags_of_fields, group_of, is_list
+from qlora_tune.model import detect_device
+from qlora_tune.page_chat import build_chat, pick_adapter, release_chat
+from qlora_tune.page_review import build_review
+from qlora_tune.page_widgets import CACHE, gr, hand_out, on, part, reveal
 from qlora_tune.plan import pick_here, plan_run
 from qlora_tune.preview import check_as_trained, view_row
 from qlora_tune.repair import repair_files
 from qlora_tune.report import write_report
 from qlora_tune.runs import Run, list_runs
-from qlora_tune.text_signs import printable
 
 SAMPLE = "the built-in sample"
 MAX_UPLOAD_BYTES = 1 << 30
@@ -98,38 +88,6 @@ def fill_fields(preset: str) -> tuple[Any, ...]:
     """What the fields show after a change of preset."""
     config = resolve_config({"preset": preset or "auto"}, pick_auto=pick_here).config
     return tuple(gr.skip() if name in KEPT else as_field(getattr(config, name)) for name in NAMES)
-
-
-def on(trigger: Any, fn: Any, inputs: Any, say: Any, outputs: Any, busy: str = "", **options: Any) -> Any:
-    """Call a function on an event, or any of several. A problem is said in `say`, and the outputs stay as they are."""
-
-    def call(*values: Any) -> Any:
-        if busy:
-            yield (parts.show_message(busy, "soft"), *(gr.skip(),) * len(outputs))
-        try:
-            result, said = fn(*values), ""
-        except Exception as error:
-            result, said = (gr.skip(),) * len(outputs), parts.show_problem(error)
-        yield (said, *(result if isinstance(result, tuple) else (result,))) if outputs else said
-
-    listen = functools.partial(gr.on, trigger) if isinstance(trigger, list) else trigger
-    return listen(call, inputs, [say, *outputs], **{"api_visibility": "private", "show_progress": "minimal", **options})
-
-
-def reveal(trigger: Any, component: Any, say: Any, visible: bool) -> None:
-    """Show or hide a part of the page on a click."""
-    on(trigger, lambda: type(component)(visible=visible), None, say, [component])
-
-
-def part(text: str = "", **options: Any) -> Any:
-    """A place for HTML of page_parts, which escapes what it shows."""
-    return gr.Markdown(text, sanitize_html=False, latex_delimiters=[], container=False, **options)
-
-
-def hand_out(path: Path) -> Any:
-    """A button that downloads one file, from a copy in the page's cache: the only place it serves files from."""
-    copy = shutil.copy(path, Path(tempfile.mkdtemp(dir=CACHE.name)) / path.name)
-    return gr.DownloadButton(f"Download {path.name}", value=str(copy), visible=True)
 
 
 def runs_by_name() -> dict[str, Run]:
@@ -242,76 +200,6 @@ def end_run(how: Callable[[Run], None], name: str) -> Any:
     return gr.Column(visible=False)
 
 
-@functools.lru_cache(maxsize=1)
-def load_chat(adapter: str, merged: str | None, stamp: int) -> Any:
-    """One loaded model at a time; `stamp` is the adapter file's time, so that a new one is loaded again."""
-    return chat.load_chat(Path(adapter), merged=Path(merged) if merged else None)
-
-
-def release_chat() -> None:
-    """Give the chat's memory back, before a run takes the device."""
-    load_chat.cache_clear()
-    free_memory()
-
-
-def pick_adapter(name: str | None) -> Any:
-    """The adapters that there are, and one chosen: by its folder, by its run's name, or the first."""
-    choices = [(label, str(folder)) for label, folder in chat.list_adapters(runs_dir).items()]
-    wanted = [folder for label, folder in choices if name in (label, folder)] or [folder for _, folder in choices]
-    return gr.Dropdown(choices, value=next(iter(wanted), None))
-
-
-def open_chat(adapter: str | None) -> Any:
-    if not adapter:
-        raise RunError("No adapter is chosen. Train one on the tab Train, or open a zip.")
-    merged, weights = Path(adapter).parent / "merged", Path(adapter) / "adapter_model.safetensors"
-    return load_chat(adapter, str(merged) if merged.is_dir() else None, weights.stat().st_mtime_ns)
-
-
-def answer(
-    prompt: str, left: list[Any], right: list[Any], adapter: str, one: str, two: str, system: str, *sampling: Any
-) -> Iterator[tuple[Any, ...]]:
-    """Stream the answers of both sides, one after the other: they share one loaded base."""
-    before, voices, shown, kept = [left, right], (one, two), 0.0, gr.skip()  # what is typed meanwhile stays
-    try:
-        if not prompt.strip():
-            raise ConfigError("Write a message first, or choose a held-out prompt.")
-        given = chat.check_sampling(*sampling)
-        sides = [chat.ask(turns, prompt) for turns in before]
-        yield parts.show_message("Loading …", "soft"), "", *before, *parts.show_sides(sides, voices)
-        asked: Any = [None if who == "off" else who for who in voices]
-        for grown in chat.answer_sides(open_chat(adapter), asked, sides, system, **given):
-            sides = grown
-            if time.monotonic() - shown > 0.05:  # a browser need not draw each token
-                shown = time.monotonic()
-                yield "", kept, *sides, *parts.show_sides(sides, voices)
-        words = "" if len(sides[0]) > len(left) else "No answer; the turn is left out."
-        yield parts.show_message(words, "soft"), kept, *sides, *parts.show_sides(sides, voices)
-    except Exception as error:
-        yield parts.show_problem(error), prompt, *before, *parts.show_sides(before, voices)
-
-
-def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
-    """Take the last question back, to ask it again."""
-    (rest, asked), (other, _) = chat.before_last_question(left), chat.before_last_question(right)
-    return asked, rest, other
-
-
-def list_examples(adapter: str | None) -> Any:
-    rows = chat.list_heldout(Path(adapter or "").parent)
-    return gr.Dropdown(rows, value=None, visible=bool(rows))
-
-
-def use_example(index: int, adapter: str) -> tuple[Any, ...]:
-    """Put a held-out row into the fields: system prompt, what was said before, question; and what is expected."""
-    system, turns, question, expected = chat.split_example(Run(Path(adapter).parent).read_heldout()[index])
-    return printable(system), turns, turns, printable(question), parts.show_message(f"Expected: {expected}", "soft")
-
-
-def open_zip(file: str) -> Any:
-    return pick_adapter(str(chat.unpack_adapter(Path(file), launch.uploads_folder(runs_dir))))
-
-
 def refresh_runs(names: list[str] | None) -> tuple[Any, str]:
     runs = runs_by_name()
     chosen = [name for name in names or [] if name in runs] or list(runs)[:1]
@@ -354,6 +242,12 @@ def export_merged(names: list[str], into: Any, dtype: Any) -> str:
     return parts.show_message(f"Merged model: {run.path / 'merged'}; loaded again; {parity.describe()}.", "good")
 
 
+def export_llama_cpp(names: list[str]) -> str:
+    trained, run = first_tuned(names)
+    parity = export_gguf(trained, run, run.path / "gguf")
+    return parts.show_message(f"Adapter and Modelfile: {run.path / 'gguf'}; read back; {parity.describe()}.", "good")
+
+
 def rename(names: list[str], name: str) -> tuple[Any, ...]:
     renamed = launch.rename_run(find_run(names[0] if names else None), name.strip())
     return *refresh_runs([renamed.name, *names[1:]]), ""
@@ -366,22 +260,25 @@ def delete(names: list[str]) -> tuple[Any, ...]:
 
 
 def build() -> Any:
-    """The page's four tabs. What several tabs share is made first and placed where it belongs."""
+    """The page's five tabs. What several tabs share is made first and placed where it belongs."""
     with gr.Blocks(title="qlora-tune", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         fields = make_fields()
         picked = gr.Textbox(label="Data: file, folder or hub dataset", placeholder=parts.PATH_HINT, render=False)
         adapter = gr.Dropdown([], label="Adapter", render=False)
+        watched = gr.Dropdown([], label="Run shown below", render=False)
         chosen = gr.Dropdown([], multiselect=True, label="Runs; the first is looked at and exported", render=False)
         part("<h1>qlora-tune</h1>")
         with gr.Tabs() as tabs:
             with gr.Tab("Data", id="data"):
                 build_data(fields, picked, tabs)
             with gr.Tab("Train", id="train"):
-                build_train(page, fields, adapter, chosen, tabs)
+                build_train(page, fields, watched, adapter, chosen, tabs)
             with gr.Tab("Chat", id="chat") as chat_tab:
-                build_chat(chat_tab, adapter)
+                build_chat(chat_tab, adapter, tabs, watched, runs_dir)
             with gr.Tab("Runs and export", id="runs") as runs_tab:
                 build_runs(runs_tab, chosen)
+            with gr.Tab("Review", id="review"):
+                build_review()
     return page
 
 
@@ -423,7 +320,7 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
     on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
 
 
-def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, tabs: Any) -> None:
+def build_train(page: Any, fields: dict[str, Any], name: Any, adapter: Any, chosen: Any, tabs: Any) -> None:
     values, seen, alive = list(fields.values()), gr.State(None), gr.State(False)
     with gr.Row(elem_classes="split"):
         with gr.Column(scale=3):
@@ -441,7 +338,7 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
                 label="In a terminal", buttons=["copy"], interactive=False, wrap_lines=True, lines=1, max_lines=6
             )
     with gr.Row(elem_classes="bar"):
-        name = gr.Dropdown([], label="Run shown below")
+        name.render()
         again = gr.Button("Resume", variant="primary", visible=False, scale=0, min_width=120)
         talk = gr.Button("Compare base and tuned", variant="primary", visible=False, scale=0, min_width=250)
         out = gr.Button("Scores and export", visible=False, scale=0, min_width=190)
@@ -461,7 +358,13 @@ def build_train(page: Any, fields: dict[str, Any], adapter: Any, chosen: Any, ta
     reveal(keep.click, asked, say_run, False)
     on(save.click, functools.partial(end_run, launch.request_stop), [name], say_run, [asked])
     on(drop.click, functools.partial(end_run, launch.discard_run), [name], say_run, [asked])
-    on(talk.click, lambda run: (gr.Tabs(selected="chat"), pick_adapter(run)), [name], say_run, [tabs, adapter])
+    on(
+        talk.click,
+        lambda run: (gr.Tabs(selected="chat"), pick_adapter(runs_dir, run)),
+        [name],
+        say_run,
+        [tabs, adapter],
+    )
     on(out.click, lambda run: (gr.Tabs(selected="runs"), [run]), [name], say_run, [tabs, chosen])
 
 
@@ -481,44 +384,6 @@ def place_fields(fields: dict[str, Any]) -> None:
                 place([name for name in NAMES if group_of(name) == group and name not in MAIN])
 
 
-def build_chat(tab: Any, adapter: Any) -> None:
-    left, right = gr.State([]), gr.State([])
-    with gr.Row(elem_classes="bar"):
-        adapter.render()
-        one = gr.Dropdown(["base", "tuned", "merged"], value="base", label="Left side")
-        two = gr.Dropdown(["tuned", "base", "merged", "off"], value="tuned", label="Right side")
-        upload = gr.UploadButton("Open an adapter (.zip)", file_types=[".zip"], scale=0, min_width=240)
-    with gr.Row():
-        panes = [part(parts.show_conversation([], who), elem_classes="pane") for who in ("base", "tuned")]
-    say = part()
-    example = gr.Dropdown([], label="Held-out prompts: rows that were not trained on")
-    expected = part()
-    with gr.Row(elem_classes="bar"):
-        prompt = gr.Textbox(label="Your message", lines=1, placeholder="Enter sends")
-        send = gr.Button("Send", variant="primary", scale=0, min_width=90)
-        halt = gr.Button("Stop", scale=0, min_width=90)
-        redo = gr.Button("Retry", scale=0, min_width=90)
-        clear = gr.Button("Clear", scale=0, min_width=90)
-    with gr.Row():
-        system = gr.Textbox(label="System prompt", lines=1)
-        temperature = gr.Number(0, label="Temperature (0: likeliest token)", step=0.1)
-        top_p = gr.Number(1, label="Top-p (share to sample from)", step=0.05)
-        longest = gr.Number(256, label="Max new tokens", precision=0)
-    sampling = [temperature, top_p, longest]
-    stream: Any = {"fn": answer, "inputs": [prompt, left, right, adapter, one, two, system, *sampling]}
-    stream |= {"outputs": [say, prompt, left, right, *panes], "show_progress": "hidden", "concurrency_id": "model"}
-    stream["api_visibility"] = "private"
-    again = on(redo.click, retry, [left, right], say, [prompt, left, right]).then(**stream)
-    streams = [prompt.submit(**stream), send.click(**stream), again]
-    halt.click(None, cancels=streams, api_visibility="private")
-    talk, empty = [left, right, *panes, expected], ([], [], *parts.show_sides(([], []), ("base", "tuned")), "")
-    on(clear.click, lambda: empty, None, say, talk, cancels=streams)
-    on([tab.select, adapter.focus], pick_adapter, [adapter], say, [adapter])
-    on(adapter.change, lambda name: (list_examples(name), "", *empty), [adapter], say, [example, system, *talk])
-    on(example.input, use_example, [example, adapter], say, [system, left, right, prompt, expected])
-    on(upload.upload, open_zip, [upload], say, [adapter])
-
-
 def build_runs(tab: Any, chosen: Any) -> None:
     table, say = part(), part()
     chosen.render()
@@ -530,6 +395,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
         into = gr.Dropdown(["quantized", "original"], label="Merge into (quantized: as trained)")
         dtype = gr.Dropdown(["bfloat16", "float32"], label="Number format (float32 is exact)")
         merge = gr.Button("Export the merged model", scale=0, min_width=260)
+        gguf = gr.Button("Export for llama.cpp (GGUF)", scale=0, min_width=260)
     say_out, done, packed, acts = part(), part(), gr.DownloadButton(visible=False), part()
     which = gr.Radio(["best", "worst", "random"], value="worst", label="Answers")
     answers = part()
@@ -547,6 +413,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
     on(pack.click, export_zip, [chosen], say_out, [packed, done], **heavy)
     on(tell.click, export_report, [chosen], say_out, [packed, done])
     on(merge.click, export_merged, [chosen, into, dtype], say_out, [done], **heavy)
+    on(gguf.click, export_llama_cpp, [chosen], say_out, [done], **heavy)
     on(change.click, rename, [chosen, name], say_down, [chosen, table, name])
     reveal(doom.click, asked, say_down, True)
     reveal(keep.click, asked, say_down, False)

@@ -101,18 +101,22 @@ def answer_sides(
     history, because templates would render a turn that never was learned: then the last question goes too.
     """
     sides = [list(history) for history in histories]
-    opening = [Message(role="system", content=system.strip())] if system.strip() else []
     for number, voice in enumerate(voices):
         if voice is None:
             continue
         asked, said = sides[number], ""
-        for piece in model.reply(voice, model.fit([*opening, *asked], sampling["max_new_tokens"]), **sampling):
+        for piece in model.reply(voice, model.fit(add_system(system, asked), sampling["max_new_tokens"]), **sampling):
             said += piece
             if said.strip():
                 sides[number] = [*asked, Message(role="assistant", content=said)]
                 yield list(sides)
         sides[number] = sides[number] if said.strip() else asked[:-1]
     yield sides
+
+
+def add_system(system: str, history: Sequence[Message]) -> list[Message]:
+    """A history behind its system prompt, where that says anything."""
+    return [*([Message(role="system", content=system.strip())] if system.strip() else []), *history]
 
 
 def check_sampling(temperature: float | None, top_p: float | None, max_new_tokens: float | None) -> dict[str, Any]:
@@ -190,11 +194,16 @@ def find_adapter(name: Path, runs_dir: str | Path, scratch: Path) -> tuple[Path,
     if is_repository(name):
         return fetch_adapter(name.as_posix(), scratch), None
     if (name / "adapter_config.json").is_file():
-        own = Run(name.resolve().parent)
-        return name, own if name.resolve() == own.adapter and (own.path / "state.json").is_file() else None
+        return name, find_own_run(name)
     run = open_run(name, runs_dir)
     run.require_adapter()
     return run.adapter, run
+
+
+def find_own_run(adapter: Path) -> Run | None:
+    """The run that an adapter's folder belongs to; None for one that came without."""
+    run = Run(adapter.resolve().parent)
+    return run if adapter.resolve() == run.adapter and (run.path / "state.json").is_file() else None
 
 
 def unpack_adapter(packed: Path, folder: Path) -> Path:

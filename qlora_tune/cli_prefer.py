@@ -91,6 +91,8 @@ def train_pairs(
     setup = prepare_preferences(config, origin)
     with lock_device(kind) as lock:
         run = new_run(config)
+        if origin:
+            run.update_state(began_with=origin.place)
         lock.write_holder(run)
         quiet_stack(run.log_file)
         _fit_in(run, config, setup, origin, fit, False)
@@ -98,22 +100,22 @@ def train_pairs(
 
 def _resume(run: Run, stage: str, fit: Fit) -> None:
     from qlora_tune.model import detect_device
-    from qlora_tune.prefer import REFERENCE, Origin, prepare_preferences
+    from qlora_tune.prefer import prepare_preferences, reopen_origin
 
     run.require_unfinished()
     if run.stage != stage:
         raise ConfigError(f"{run.path}: is no run of {stage}. Go on with: {run.resume_command()}")
-    config, first = run.read_config(), run.path / REFERENCE
-    origin = Origin(first, run) if first.exists() else None
+    config = run.read_config()
     with lock_device(detect_device().kind) as lock:
         lock.write_holder(run)
         quiet_stack(run.log_file)
         try:
+            origin, begun = reopen_origin(run)
             setup = prepare_preferences(config, origin)
         except TuneError as error:
             run.update_state(status="failed", reason=str(error))
             raise
-        _fit_in(run, config, setup, origin, fit, True)
+        _fit_in(run, config, setup, origin, fit, begun)
 
 
 def _fit_in(

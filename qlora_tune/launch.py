@@ -74,16 +74,23 @@ def refuse_busy_device(kind: str) -> None:
         lock_device(kind).release()
 
 
-def launch_run(config: TrainConfig, kind: str) -> Run:
+def launch_run(config: TrainConfig, kind: str, began_with: str = "") -> Run:
     """Make a run and train it in a process of its own session, which outlives this one.
 
-    The lock is taken here and handed to that process, so nobody can come between. Raises RunError when the device
-    is taken; then no run is made.
+    `began_with` says where the adapter lies that preference training begins with. The lock is taken here and handed
+    to that process, so nobody can come between. Raises RunError when the device is taken; then no run is made.
     """
     with lock_device(kind) as lock:
         run = new_run(config)
+        if began_with:
+            run.update_state(began_with=began_with)
+        how = (
+            ["prefer", "--resume", str(run.path)]
+            if began_with
+            else ["train", "--config", str(run.path / "config.toml")]
+        )
         try:
-            _spawn(run, lock, ["train", "--config", str(run.path / "config.toml")])
+            _spawn(run, lock, how)
         except OSError:
             shutil.rmtree(run.path)
             raise
@@ -201,7 +208,7 @@ def _uploads_of(run: Run) -> set[Path]:
         config = run.read_config()
     except (ConfigError, RunError):
         return set()
-    files = (Path(file).resolve() for file in (*config.data, *config.heldout_data))
+    files = (Path(file).resolve() for file in (*config.data, *config.heldout_data, *config.preference_data))
     return {file for file in files if file.parent == folder}
 
 

@@ -203,7 +203,9 @@ def show_runs(runs: Sequence[Run]) -> str:
         state = run.read_state()
         score, loss = state.get("score_tuned"), state.get("eval_loss")
         try:
-            data = ", ".join(file.rpartition("/")[2] for file in run.read_config().data) or "the built-in sample"
+            config = run.read_config()
+            files = config.preference_data or config.data
+            data = ", ".join(file.rpartition("/")[2] for file in files) or "the built-in sample"
         except ConfigError as error:
             data = str(error)
         rows.append(

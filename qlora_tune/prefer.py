@@ -68,6 +68,11 @@ class Origin:
     adapter: Path
     run: Run | None
 
+    @property
+    def place(self) -> str:
+        """What find_origin finds it by, from anywhere."""
+        return str((self.run.path if self.run else self.adapter).resolve())
+
 
 @dataclass(frozen=True)
 class PreferenceSetup:
@@ -152,6 +157,19 @@ def _with_lora(adapter: Path) -> Path:
     if kind != "LORA":
         raise RunError(f"{adapter}: is of type {kind}; preferences are learned by LoRA adapters. Begin with one.")
     return adapter
+
+
+def reopen_origin(run: Run) -> tuple[Origin | None, bool]:
+    """What a run goes on from, and whether it has begun: then its own copy of the first adapter. Raises RunError.
+
+    None for a reward model that began with a bare base.
+    """
+    state, first = run.read_state(), run.path / REFERENCE
+    if "preferences_fingerprint" in state:
+        return Origin(first, run) if first.exists() else None, True
+    if "began_with" not in state and run.read_config().reward_model:
+        return None, False
+    return find_origin(Path(state.get("began_with", run.path)), ""), False
 
 
 def make_settings(origin: Origin, data: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
@@ -262,7 +280,7 @@ def train_on_pairs(
     first = run.path / REFERENCE
     if not resume:
         if origin:
-            shutil.copytree(origin.adapter, first)
+            shutil.copytree(origin.adapter, first, dirs_exist_ok=True)  # a killed process may have left a part of it
         _write_record(config, run, setup, origin)
     files = [*rows.find_data(config.preference_data), *map(str, first.glob("adapter_model.safetensors"))]
     began = (origin.run if origin else None) or run
@@ -329,7 +347,8 @@ def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin:
     runs.write_json(run.path / "data.json", setup.summary() | {"files": [*earlier, *files]})
     keep_pairs(run.path, [pair for pair, _ in setup.train], [pair for pair, _ in setup.heldout])
     run.write_problems(setup.report.problems)
-    run.update_state(began_with=str((began.path if began else setup.trained.adapter).resolve()))
+    if origin:
+        run.update_state(began_with=origin.place)
     run.write_heldout(setup.examples)
     if setup.unseen:
         run.write_heldout(setup.unseen, runs.UNSEEN)

@@ -164,4 +164,5 @@ def describe_recipe(run: Run) -> list[tuple[str, str]]:
     prints = [(f"{what} fingerprint", state[f"{what}_fingerprint"][:16]) for what in ("data", "base")]
     trained = f"{data['train_sequences']:,} sequences, {tokens}"
     preset = ("preset", Path(config.preset).name)  # which may be a file of the user's
-    return [("data", files), ("rows", rows), ("trained on", trained), preset, *settings, *prints]
+    before = [("began with", f"the adapter of {Path(state['began_with']).name}")] if "began_with" in state else []
+    return [*before, ("data", files), ("rows", rows), ("trained on", trained), preset, *settings, *prints]

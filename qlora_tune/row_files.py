@@ -61,17 +61,26 @@ def open_unfinished(path: Path) -> Iterator[IO[str]]:
             unfinished.unlink()
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], is_whole: Callable[[bytes], bool]) -> None:
+def append_rows(
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    is_whole: Callable[[bytes], bool],
+    is_done: Callable[[], bool] = lambda: False,
+) -> bool:
     """Put rows behind those of a file, on the disk before this returns: a kill costs those being written at most.
 
-    A last line without its end is what such a kill left, and taken out, unless it `is_whole`.
+    A last line without its end is what such a kill left, and taken out, unless it `is_whole`. Where the file `is_done`,
+    asked while nobody else may write, it stays as it is, and False is returned.
     """
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two terminals may write into one file
+        if is_done():
+            return False
         _end_last_line(file, is_whole)
         file.write("".join(map(to_line, rows)).encode())
         file.flush()
         os.fsync(file.fileno())
+    return True
 
 
 def _end_last_line(file: BinaryIO, is_whole: Callable[[bytes], bool]) -> None:

@@ -83,12 +83,18 @@ def key_prompt(prompt: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (
     return json.dumps([turns, list(tools)], sort_keys=True, default=str)
 
 
-def append_vote(path: Path, vote: Vote) -> None:
+def append_vote(path: Path, vote: Vote, *, once: bool = False) -> bool:
     """Put a vote behind those of a file, on the disk before this returns: a kill costs the line being written at most.
 
-    What such a kill left of a line is taken out.
+    What such a kill left of a line is taken out. With `once` the same answers take one vote: where they have one,
+    the file stays as it is, and False is returned.
     """
-    append_rows(path, [{**asdict(vote), "prompt": [to_turn(turn) for turn in vote.prompt]}], _is_vote)
+    row = {**asdict(vote), "prompt": [to_turn(turn) for turn in vote.prompt]}
+
+    def is_done() -> bool:
+        return once and any(_same_answers(vote, other) for other in read_votes(path))
+
+    return append_rows(path, [row], _is_vote, is_done)
 
 
 def read_votes(path: Path) -> list[Vote]:
@@ -133,6 +139,10 @@ def wilson_interval(wins: int, decided: int) -> Interval:
     middle = (share + weight / 2) / (1 + weight)
     reach = z / (1 + weight) * (share * (1 - share) / decided + weight / (4 * decided)) ** 0.5
     return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def _same_answers(one: Vote, other: Vote) -> bool:
+    return (one.key, one.answers, one.fingerprints) == (other.key, other.answers, other.fingerprints)
 
 
 def _is_vote(line: bytes) -> bool:

@@ -29,9 +29,10 @@ def press() -> Press:
     def call(button: str, *values: Any) -> list[Any]:
         handler = handlers[button]
         assert len(values) == len(handler.inputs)
-        shown = list(handler.fn(*values))
+        *_, shown = handler.fn(*values)
         assert len(shown) == len(handler.outputs)
-        return shown
+        problem, told, *fields = shown
+        return [problem or told, *fields]
 
     return call
 

@@ -19,7 +19,9 @@ import pytest
 from conftest import ROOT
 from screenshots import CHROMIUM, CHROMIUM_FLAGS
 
-from qlora_tune.runs import list_runs, open_run
+from qlora_tune.preferences import read_kept_pairs
+from qlora_tune.runs import Run, list_runs, open_run
+from qlora_tune.votes import read_votes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)")
 
@@ -216,6 +218,7 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
         button(tab, "Open an adapter (.zip)").click()
     chooser.value.set_files(packed)
     tab.wait_for_function("() => document.querySelector('input[aria-label=Adapter]').value.includes('(opened)')")
+    tab.get_by_text("this adapter came as a zip").wait_for()
     tuned_before = tab.locator(".pane .turn.assistant").last.inner_text()
     button(tab, "Clear").click()
     tab.locator(".pane .turn").first.wait_for(state="detached")
@@ -224,6 +227,111 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
     tuned.first.wait_for()
     time.sleep(2)
     assert tab.locator(".pane .turn.assistant").last.inner_text() == tuned_before
+
+
+def count_controls(tab: Any) -> int:
+    """How many controls are in sight; each must have a name."""
+    controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible").all()
+    unnamed = [
+        control.evaluate("e => e.outerHTML.slice(0, 200)")
+        for control in controls
+        if not control.evaluate(
+            "e => (e.ariaLabel || e.innerText || e.title"
+            " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
+        )
+    ]
+    assert not unnamed
+    return len(controls)
+
+
+def ask_held_out(tab: Any, number: int) -> None:
+    """Send a held-out prompt, and wait until both sides have answered."""
+    from playwright.sync_api import expect
+
+    tab.get_by_label("Held-out prompts").click()
+    tab.get_by_role("option").nth(number).click()
+    expect(tab.get_by_label("Your message")).not_to_have_value("")
+    button(tab, "Send").click()
+    button(tab, "Both bad").wait_for()
+
+
+def last_answers(tab: Any) -> list[Any]:
+    return [pane.locator(".turn.assistant").last for pane in tab.locator(".pane .part:visible").all()]
+
+
+def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
+    serve: Callable[[int], Page], tab: Any, finished: Any
+) -> None:
+    page = serve(7937)
+    before = Run(shutil.copytree(finished[0].path, page.runs_dir / "short"))
+    before.update_state(pid=None)
+    config = before.path / "config.toml"
+    config.write_text(re.sub(r"score_rows = \d+", "score_rows = 8", config.read_text()))
+    tab.set_viewport_size({"width": 800, "height": 900})
+    tab.goto(page.url)
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_text("Votes of this run: 0;").wait_for()
+    for number, choice in enumerate(["A is better", "B is better", "Tie", "Both bad", "A is better"]):
+        tab.get_by_label("Max new tokens").fill("24")
+        tab.get_by_label("Blind").check()
+        ask_held_out(tab, number)
+        assert [turn.locator("b").inner_text() for turn in last_answers(tab)] == ["A", "B"]
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        button(tab, choice).dblclick()
+        button(tab, choice).wait_for(state="hidden")
+        tab.get_by_text(f"Votes of this run: {number + 1};").wait_for()
+        *_, vote = read_votes(before.path / "votes.jsonl")
+        texts = [turn.inner_text() for turn in last_answers(tab)]
+        answerers = ["base" if "(base)" in text else "short" for text in texts]
+        assert [text[:3] for text in texts] == ["A (", "B ("]
+        assert all(text.endswith(vote.answers[name]) for text, name in zip(texts, answerers, strict=True))
+        places = {"A is better": answerers[0], "B is better": answerers[1], "Tie": "tie", "Both bad": "none"}
+        assert (vote.winner, vote.blind) == (places[choice], True)
+
+    tab.reload()
+    tab.get_by_role("tab", name="Chat").click()
+    tab.get_by_text("Votes of this run: 5; 3 say").wait_for()
+    for number in range(5, 10):
+        tab.get_by_label("Max new tokens").fill("24")
+        ask_held_out(tab, number)
+        button(tab, "B is better").click()
+        tab.get_by_text(f"Votes of this run: {number + 1};").wait_for()
+    ask_held_out(tab, 5)
+    button(tab, "A is better").click()
+    tab.get_by_text("These answers have a vote already; it stands.").wait_for()
+    votes = read_votes(before.path / "votes.jsonl")
+    assert [(vote.blind, vote.winner == "short") for vote in votes[5:]] == [(False, True)] * 5
+    asked = [row.messages[:-1] for row in before.read_heldout()[:10]]
+    assert [vote.prompt for vote in votes] == asked
+
+    tab.get_by_role("button", name="Train on the votes").click()
+    button(tab, "Export the votes as pairs").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download short-pairs.jsonl").click()
+    assert count_controls(tab) <= 30
+    assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+    assert len(pairs) == sum(vote.winner in vote.answers for vote in votes) == 8
+    assert [pair["chosen"][0]["content"] for pair in pairs[-5:]] == [vote.answers["short"] for vote in votes[5:]]
+
+    tab.get_by_label("num_train_epochs").last.fill("2")
+    button(tab, "Train on these votes").click()
+    tab.get_by_text("preparing: reading the rows").or_(tab.get_by_role("progressbar", name="steps")).first.wait_for()
+    (run,) = (found for found in list_runs(page.runs_dir) if found.name != "short")
+    tab.locator(".pane p", has_text=re.compile(rf"^{run.name}: finished$")).wait_for(timeout=240_000)
+    assert (run.read_config().num_train_epochs, run.stage) == (2, "prefer")
+    assert len(read_kept_pairs(run.path)[0]) + len(read_kept_pairs(run.path)[1]) == 8
+    button(tab, "Compare base and tuned").click()
+    tab.wait_for_function("at => document.querySelector('input[aria-label=Adapter]').value == at", arg=run.name)
+    ask_held_out(tab, 0)
+    tab.get_by_role("tab", name="Runs and export").click()
+    table = tab.get_by_role("region", name="run", exact=True)
+    table.get_by_text(run.name, exact=True).wait_for()
+    assert table.get_by_text("short", exact=True).count() == 1
+    tab.get_by_label("Runs; the first is looked at and exported").click()
+    tab.get_by_role("option", name="short").click()
+    tab.get_by_text("settings that differ").wait_for()
+    tab.get_by_text("exact match on held-out rows").wait_for()
 
 
 def test_injected_scripts_run_nowhere(
@@ -300,6 +408,14 @@ def test_injected_scripts_run_nowhere(
         tab.get_by_label("Max new tokens").fill("2")
         button(tab, "Send").click()
         time.sleep(0.7)
+    button(tab, "Clear").click()
+    tab.get_by_label("Your message").fill(INJECTIONS[0])
+    button(tab, "Send").click()
+    button(tab, "A is better").click()
+    tab.get_by_text("Votes of this run: 1;").wait_for()
+    tab.get_by_role("button", name="Train on the votes").click()
+    button(tab, "Export the votes as pairs").click()
+    tab.get_by_role("button", name="-pairs.jsonl").or_(tab.get_by_role("alert")).first.wait_for()
     nothing_ran()
     tab.close()
 
@@ -321,17 +437,7 @@ def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callabl
             if group:
                 tab.get_by_role("tab", name=group, exact=True).last.click()
                 time.sleep(0.5)
-            controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible")
-            counted[name + group] = controls.count()
-        unnamed = [
-            control.evaluate("e => e.outerHTML.slice(0, 200)")
-            for control in controls.all()
-            if not control.evaluate(
-                "e => (e.ariaLabel || e.innerText || e.title"
-                " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
-            )
-        ]
-        assert not unnamed, name
+            counted[name + group] = count_controls(tab)
     print(counted)
     assert max(counted.values()) <= 30, counted
     assert len((ROOT / "app.py").read_text().splitlines()) <= 600
