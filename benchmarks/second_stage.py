@@ -99,7 +99,8 @@ def prefer_ours(
     models.quiet_stack()
     from qlora_tune.data import DataReport
     from qlora_tune.export import Trained
-    from qlora_tune.prefer import Origin, PreferenceSetup, make_settings, prefer
+    from qlora_tune.pair_setup import Origin, PreferenceSetup
+    from qlora_tune.prefer import make_settings, prefer
     from qlora_tune.preferences import PreferencePair, TokenizedPair
     from qlora_tune.prepare import precision_of, quantization_of
     from qlora_tune.runs import list_runs, new_run

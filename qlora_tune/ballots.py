@@ -17,7 +17,8 @@ from qlora_tune.adapters import read_adapter_record
 from qlora_tune.answer_files import Answers, Question
 from qlora_tune.errors import DataError
 from qlora_tune.model import detect_device
-from qlora_tune.prefer import Origin, find_origin, make_settings
+from qlora_tune.pair_setup import Origin, find_origin
+from qlora_tune.prefer import make_settings
 from qlora_tune.preferences import read_pairs
 from qlora_tune.runs import Run, hash_file
 from qlora_tune.side_by_side import BASE

@@ -23,7 +23,7 @@ from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
     from qlora_tune.pair_scores import PairScores
-    from qlora_tune.prefer import Origin, PreferenceSetup
+    from qlora_tune.pair_setup import Origin, PreferenceSetup
 
     Plan = Callable[[Path, Sequence[str], Mapping[str, Any]], tuple[Origin | None, TrainConfig]]
     Fit = Callable[[TrainConfig, Run, PreferenceSetup, Origin | None, bool], None]
@@ -55,7 +55,8 @@ def prefer(
     settings: AnyPreferSettings = None,
 ) -> None:
     """Train the adapter of SOURCE (a run, or an adapter's folder) on preference pairs, into a run of its own."""
-    from qlora_tune.prefer import find_origin, make_settings
+    from qlora_tune.pair_setup import find_origin
+    from qlora_tune.prefer import make_settings
 
     def plan(name: Path, files: Sequence[str], flags: Mapping[str, Any]) -> tuple[Origin, TrainConfig]:
         origin = find_origin(name, flags.get("runs_dir", "runs"))
@@ -75,7 +76,7 @@ def train_pairs(
 ) -> None:
     """Begin a training on pairs, where `plan` says from what and how, or resume one; `fit` trains in the run."""
     from qlora_tune.model import detect_device
-    from qlora_tune.prefer import prepare_preferences
+    from qlora_tune.pair_setup import prepare_preferences
 
     if resume is not None:
         if source or data or flags:
@@ -100,7 +101,7 @@ def train_pairs(
 
 def _resume(run: Run, stage: str, fit: Fit) -> None:
     from qlora_tune.model import detect_device
-    from qlora_tune.prefer import prepare_preferences, reopen_origin
+    from qlora_tune.pair_setup import prepare_preferences, reopen_origin
 
     run.require_unfinished()
     if run.stage != stage:

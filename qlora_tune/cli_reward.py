@@ -13,7 +13,7 @@ from qlora_tune.runs import Run
 from qlora_tune.terminal import console, say
 
 if TYPE_CHECKING:
-    from qlora_tune.prefer import Origin, PreferenceSetup
+    from qlora_tune.pair_setup import Origin, PreferenceSetup
     from qlora_tune.reward import RewardScores
 
 

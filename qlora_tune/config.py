@@ -165,7 +165,6 @@ class TrainConfig(BaseModel):
     loss_type: Literal["sigmoid", "ipo"] = setting(
         "sigmoid", PREFERENCES, "`sigmoid`: DPO (arXiv 2305.18290); `ipo` (arXiv 2310.12036) ends at a set margin."
     )
-
     reward_model: bool = setting(
         False, PREFERENCES, "Train a model that scores answers on the pairs, which `reward` does, instead of answering."
     )

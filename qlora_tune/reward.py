@@ -12,21 +12,13 @@ from qlora_tune.hub_models import is_repository
 from qlora_tune.lifecycle import save_adapter
 from qlora_tune.outsiders import is_model
 from qlora_tune.pair_scores import share
-from qlora_tune.prefer import (
-    REFERENCE,
-    Origin,
-    PairSteps,
-    PreferenceSetup,
-    find_origin,
-    pair_settings,
-    settings_before,
-    train_on_pairs,
-)
+from qlora_tune.pair_setup import REFERENCE, Origin, PreferenceSetup, find_origin, pair_settings, settings_before
+from qlora_tune.pair_stage import PairSteps, train_on_pairs
+from qlora_tune.pair_trainer import build_reward_trainer
 from qlora_tune.preferences import PreferencePair, TokenizedPair
 from qlora_tune.reward_model import RewardModel, begin_reward_model, read_head
 from qlora_tune.runs import Run, write_json
 from qlora_tune.scores import Interval, bootstrap_mean
-from qlora_tune.trainer import build_reward_trainer
 
 SCORES = "rewards.json"
 

@@ -21,7 +21,7 @@ from qlora_tune.errors import ConfigError, ExportError, ModelError, RunError
 from qlora_tune.generate import answer_prompts, context_length
 from qlora_tune.likelihood import pack_sequence, score_sequences
 from qlora_tune.memory import estimate_memory, possible_fits
-from qlora_tune.prefer import find_origin
+from qlora_tune.pair_setup import find_origin
 from qlora_tune.prepare import prepare
 from qlora_tune.runs import Run, new_run
 from qlora_tune.side_by_side import open_panel

@@ -71,6 +71,7 @@ ORDER = [
     "comparison",
     "evaluate",
     "trainer",
+    "pair_trainer",
     "train",
     "pair_scores",
     "parity",
@@ -80,6 +81,8 @@ ORDER = [
     "leaks",
     "card",
     "export",
+    "pair_setup",
+    "pair_stage",
     "prefer",
     "hub_models",
     "reward_model",
@@ -115,10 +118,6 @@ ORDER = [
 MODULES = sorted(PACKAGE.glob("*.py"))
 OF_TORCH = {"arena", "fused", "attention", "recompute"}  # functions of torch throughout, imported inside functions
 OF_PAGE = {"page_widgets", "page_chat", "page_review"}  # widgets throughout; page_widgets alone imports gradio
-    "page_widgets",
-    "page_chat",
-    "page_review",
-}  # widgets throughout; page_widgets alone imports gradio, and app.py them
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gradio", "safetensors"}
 
 
@@ -160,7 +159,7 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_trl_peft_and_bitsandbytes_stay_where_they_belong(path: Path) -> None:
     allowed = {
-        "trl": {"trainer"},
+        "trl": {"trainer", "pair_trainer"},
         "peft": {"adapters", "layers", "trainer", "export", "reward_model"},
         "bitsandbytes": {"layers", "doctor"},
         "gradio": {"page_widgets"},

@@ -25,7 +25,8 @@ from qlora_tune.data import load_examples
 from qlora_tune.errors import ConfigError, RunError
 from qlora_tune.export import open_adapter
 from qlora_tune.pair_scores import PairScore, PairScores, score_pairs
-from qlora_tune.prefer import REFERENCE, PreferResult, find_origin, make_settings, prefer, prepare_preferences
+from qlora_tune.pair_setup import REFERENCE, find_origin, prepare_preferences
+from qlora_tune.prefer import PreferResult, make_settings, prefer
 from qlora_tune.prepare import other_examples
 from qlora_tune.runs import Run, new_run, read_json
 from qlora_tune.turns import Message

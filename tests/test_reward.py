@@ -22,7 +22,8 @@ from qlora_tune.data import load_examples
 from qlora_tune.errors import ModelError
 from qlora_tune.export import open_adapter
 from qlora_tune.model import REWARD_HEAD
-from qlora_tune.prefer import prepare_preferences
+from qlora_tune.pair_setup import prepare_preferences
+from qlora_tune.pair_trainer import CENTER, build_reward_trainer
 from qlora_tune.reward import (
     PairReward,
     RewardResult,
@@ -42,7 +43,6 @@ from qlora_tune.reward_model import (
 )
 from qlora_tune.runs import Run, latest_run, new_run, read_json
 from qlora_tune.selection import NO_SCORE, select_examples
-from qlora_tune.trainer import CENTER, build_reward_trainer
 from qlora_tune.turns import Message
 from qlora_tune.votes import key_prompt
 
