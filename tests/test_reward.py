@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from test_prefer import sample_votes
 from test_votes import cast
 
+from qlora_tune.adapters import REWARD_HEAD
 from qlora_tune.answer_files import Answers, Question
 from qlora_tune.chat import load_chat
 from qlora_tune.cli import main
 from qlora_tune.data import load_examples
 from qlora_tune.errors import ModelError
 from qlora_tune.export import open_adapter
-from qlora_tune.model import REWARD_HEAD
 from qlora_tune.pair_setup import prepare_preferences
 from qlora_tune.pair_trainer import CENTER, build_reward_trainer
 from qlora_tune.reward import (
