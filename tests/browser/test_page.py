@@ -25,7 +25,7 @@ from qlora_tune.votes import read_votes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)")
 
-TABS = ("Data", "Train", "Chat", "Runs and export")
+TABS = ("Data", "Train", "Chat", "Runs and export", "Review")
 INJECTIONS = [
     "<script>window.pwned=1</script>",
     "<img src=x onerror=window.pwned=2>",
