@@ -53,7 +53,7 @@ def build_review() -> None:
     with gr.Row(elem_classes="bar"):
         pool = gr.Textbox(label="Pool: the file that grow wrote", placeholder="Type a path and press Enter")
         load = gr.Button("Show what waits", scale=0, min_width=170)
-        out = gr.Button("Write the accepted rows", scale=0, min_width=210)
+        out = gr.Button("Write the accepted rows", scale=0, min_width=250)
     say, told, id = part(), part(), gr.State("")
     instruction = gr.Textbox(label="Instruction", lines=2)
     given = gr.Textbox(label="Input (may be empty)", lines=2)

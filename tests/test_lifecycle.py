@@ -14,6 +14,7 @@ from qlora_tune.lifecycle import stop_on_signal
 def test_a_signal_asks_to_stop_once_and_the_third_interrupts(number: signal.Signals) -> None:
     asked: list[None] = []
     before = signal.getsignal(number)
+    signal.signal(number, signal.default_int_handler)  # the tests themselves may run under nohup
     with stop_on_signal(lambda: asked.append(None)) as stop:
         assert not stop.asked
         os.kill(os.getpid(), number)
@@ -22,7 +23,8 @@ def test_a_signal_asks_to_stop_once_and_the_third_interrupts(number: signal.Sign
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert len(asked) == 1
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.default_int_handler
+    signal.signal(number, before)
 
 
 def test_a_closed_terminal_stays_ignored_under_nohup() -> None:

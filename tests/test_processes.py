@@ -90,6 +90,7 @@ def test_two_processes_train_as_one_does_and_only_the_main_one_writes_and_speaks
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((checkpoint / "manifest.json").read_text()))
 
 
+@pytest.mark.reliability
 def test_a_signal_to_one_process_saves_and_stops_both_and_one_process_goes_on_alone(folder: Path) -> None:
     run = Run(folder / "runs" / "stopped")
     command = [*LAUNCH, "train", "rows.jsonl", "--preset", "builtin", *FLAGS, "--run-name", "stopped"]

@@ -138,7 +138,7 @@ def test_training_reads_the_reward_at_the_end_of_turn_even_where_that_pads(rewar
     model = begin_reward_model(trained, rewarded.before.adapter, rewarded.config)
     pairs = [tokens for _, tokens in setup.heldout][:6]
     trainer = build_reward_trainer(
-        model, rewarded.config, rewarded.run, trained.device, trained.precision, tokenizer, pairs, []
+        model, rewarded.config, rewarded.run, trained.device, trained.precision, tokenizer, pairs, [], plain=True
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["attention_mask"] == 0).any()
