@@ -88,7 +88,19 @@ def attach(model: Any, config: TrainConfig, base: BaseModel, start: Path) -> Any
         return _attach_virtual_tokens(model, config)
     if config.init_lora_weights not in PLAIN_STARTS:
         _refuse_rank(model, config.lora_r)
-    tuned = attach_adapter(
+    tuned = attach_lora(model, config)
+    if config.init_lora_weights == "loftq":
+        _begin_with_rounding_error(tuned, base)
+    if config.init_lora_weights in REPLACING:
+        tuned.save_pretrained(start)
+        changed = json.loads((start / "adapter_config.json").read_text()) | {"init_lora_weights": True}
+        (start / "adapter_config.json").write_text(json.dumps(changed))  # loading it must not change the base again
+    return tuned
+
+
+def attach_lora(model: Any, config: TrainConfig, task_type: str = "CAUSAL_LM") -> Any:
+    """Put a fresh LoRA adapter of these settings on a base model. Raises ModelError for unknown layer names."""
+    return attach_adapter(
         model,
         lora_r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -98,14 +110,8 @@ def attach(model: Any, config: TrainConfig, base: BaseModel, start: Path) -> Any
         use_dora=config.use_dora,
         init_lora_weights=config.init_lora_weights,
         seed=config.seed,
+        task_type=task_type,
     )
-    if config.init_lora_weights == "loftq":
-        _begin_with_rounding_error(tuned, base)
-    if config.init_lora_weights in REPLACING:
-        tuned.save_pretrained(start)
-        changed = json.loads((start / "adapter_config.json").read_text()) | {"init_lora_weights": True}
-        (start / "adapter_config.json").write_text(json.dumps(changed))  # loading it must not change the base again
-    return tuned
 
 
 def attach_adapter(

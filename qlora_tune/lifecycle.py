@@ -214,27 +214,6 @@ def _memory_in_use(device: Device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
-    """Train from the beginning or a checkpoint.
-
-    A kill before the adapter was saved leaves a checkpoint with nothing more to train. From there Trainer would take
-    another step where its epoch isn't over.
-    """
-    from transformers import EarlyStoppingCallback
-
-    run_epoch = trainer._run_epoch
-    stoppers = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-
-    def run_unless_done(*arguments: Any, **named: Any) -> None:
-        stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stoppers)
-        if trainer.state.global_step < trainer.state.max_steps and not stopped:
-            run_epoch(*arguments, **named)
-
-    trainer._run_epoch = run_unless_done
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    del trainer._run_epoch  # it holds the trainer, which would keep the model in memory
-
-
 def leave_training(trainer: Any, model: Any) -> None:
     """Take training's autocast and attention off the model: scores must come from the computation of chat and exports.
 

@@ -21,7 +21,6 @@ from qlora_tune.lifecycle import (
     find_checkpoint,
     leave_training,
     recorder,
-    run_trainer,
     stop_on_signal,
 )
 from qlora_tune.memory import Fit, estimate_memory, free_bytes, peak_bytes, possible_fits
@@ -141,7 +140,7 @@ def _train_adapter(
         run.update_state(path="fast" if fast else "plain")
         stop = stack.enter_context(stop_on_signal(on_stop))
         trainer.add_callback(recorder(run, trained.device, on_metrics, stop, has_heldout=bool(heldout)))
-        run_trainer(trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     leave_training(trainer, model)
     state = trainer.state
     run.update_state(

@@ -14,7 +14,7 @@ from qlora_tune.model import Device, Precision
 from qlora_tune.preferences import TokenizedPair
 from qlora_tune.prepare import count_steps
 from qlora_tune.runs import Run
-from qlora_tune.trainer import arguments_of, early_stopping
+from qlora_tune.trainer import LeanTrainer, arguments_of, early_stopping
 
 # Pulls rewards towards a mean of 0, so that those of different prompts can be compared: the loss of pairs knows their
 # differences alone. The weight that TRL recommends (Eisenstein et al., arXiv 2312.09244).
@@ -41,7 +41,7 @@ def build_preference_trainer(
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
-    class PairTrainer(DPOTrainer):  # type: ignore[misc]
+    class PairTrainer(LeanTrainer, DPOTrainer):  # type: ignore[misc]
         """DPOTrainer that takes pairs as tokens, where TRL would render and cut them in its own way."""
 
         def log(self, logs: dict[str, float], *rest: Any) -> None:
@@ -52,13 +52,6 @@ def build_preference_trainer(
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Leave no card of empty headings in the checkpoints; export writes the real one."""
-
-        def floating_point_ops(self, inputs: Any) -> int:
-            """Nothing asks for it, and counting goes over all parameters at every step."""
-            return 0
 
     told = _pair_arguments(config, run, device, precision, len(train), bool(heldout), plain)
     with _unrounded(model):
@@ -115,13 +108,8 @@ def build_reward_trainer(
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    class ScoreTrainer(RewardTrainer):  # type: ignore[misc]
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Leave no card of empty headings in the checkpoints."""
-
-        def floating_point_ops(self, inputs: Any) -> int:
-            """Nothing asks for it, and counting goes over all parameters at every step."""
-            return 0
+    class ScoreTrainer(LeanTrainer, RewardTrainer):  # type: ignore[misc]
+        """RewardTrainer as it is, but for what no trainer here needs."""
 
     told = _pair_arguments(config, run, device, precision, len(train), bool(heldout), plain)
     ends = {pair.chosen_ids[-1] for pair in train}

@@ -182,17 +182,7 @@ def begin_reward_model(trained: Trained, first: Path | None, config: TrainConfig
     torch.manual_seed(config.seed)
     torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if first is None:
-        return adapters.attach_adapter(
-            model,
-            lora_r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            seed=config.seed,
-            task_type=TaskType.SEQ_CLS,
-        )
+        return adapters.attach_lora(model, config, TaskType.SEQ_CLS)
     lora = LoraConfig.from_pretrained(first)
     lora.task_type, lora.inference_mode = TaskType.SEQ_CLS, False
     weights = load_file(first / "adapter_model.safetensors")

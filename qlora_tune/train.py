@@ -26,7 +26,6 @@ from qlora_tune.lifecycle import (
     leave_training,
     out_of_memory,
     recorder,
-    run_trainer,
     save_adapter,
     stop_on_signal,
 )
@@ -143,7 +142,7 @@ def _train_adapter(
             stack.enter_context(uncast_inputs(model, active=not config.use_dora))
         stop = stack.enter_context(stop_on_signal(on_stop))
         trainer.add_callback(recorder(run, setup.device, on_metrics, stop, has_heldout=bool(setup.data.heldout)))
-        run_trainer(trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     leave_training(trainer, model)
     processes.part()
     state = trainer.state

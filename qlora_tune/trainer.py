@@ -20,6 +20,29 @@ from qlora_tune.prepare import PAD_TO, Setup, optimizer_of
 from qlora_tune.runs import Run
 
 
+class LeanTrainer:
+    """What TRL's trainers have in common here; stands before theirs among the bases."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Leave no card of empty headings in the checkpoints; export writes the real one."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing asks for it, and counting goes over all parameters at every step."""
+        return 0
+
+    def _run_epoch(self: Any, *arguments: Any, **named: Any) -> None:
+        """Train nothing where nothing is left: Trainer would take a step more where the epoch isn't over.
+
+        A kill before the adapter was saved leaves such a checkpoint.
+        """
+        from transformers import EarlyStoppingCallback
+
+        stoppers = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stoppers)
+        if self.state.global_step < self.state.max_steps and not stopped:
+            super()._run_epoch(*arguments, **named)  # type: ignore[misc]
+
+
 def to_sft_config(
     config: TrainConfig, run: Run, setup: Setup, *, flat: bool = False, checkpointing: bool = False
 ) -> Any:
@@ -106,15 +129,8 @@ def build_trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    class MaskedTrainer(SFTTrainer):  # type: ignore[misc]
+    class MaskedTrainer(LeanTrainer, SFTTrainer):  # type: ignore[misc]
         """SFTTrainer whose held-out loss is the mean over learned tokens, not a mean of batch means."""
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Leave no card of empty headings in the checkpoints; export writes the real one."""
-
-        def floating_point_ops(self, inputs: Any) -> int:
-            """Nothing asks for it, and counting goes over all parameters at every step."""
-            return 0
 
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             if fast is None:
