@@ -17,7 +17,7 @@ from qlora_tune import processes
 from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import IGNORED
 from qlora_tune.config import TrainConfig
-from qlora_tune.errors import ConfigError, ModelError, join_problems
+from qlora_tune.errors import ConfigError, ModelError, RunError, join_problems
 from qlora_tune.model import Precision, Quantization, one_at_a_time
 
 REWARD_HEAD = "base_model.model.score.weight"  # beside a reward model's LoRA weights, in the same file
@@ -233,6 +233,23 @@ def keep_adapter_in_fp32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def refuse_non_finite(model: Any, optimizer: Any = None) -> None:
+    """Raise RunError where a trained weight, or what an optimizer remembers of its gradients, is no finite number."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        remembered = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        kept = {"": parameter, **{f" ({key} of the optimizer)": value for key, value in remembered.items()}}
+        for of, values in kept.items():
+            if torch.is_tensor(values) and not torch.isfinite(values).all():
+                raise RunError(
+                    f"{name}{of} holds values that are not finite numbers, so training was stopped before anything was "
+                    "saved from it. Lower --learning-rate, or use --dtype float32."
+                )
 
 
 @contextmanager

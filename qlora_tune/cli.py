@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from rich.markup import escape
 
-from qlora_tune import __version__, processes, terminal
+from qlora_tune import __version__, disk, processes, terminal
 from qlora_tune.cli_compare import compare
 from qlora_tune.cli_data import DataFiles, check, mix, pairs, select
 from qlora_tune.cli_evaluate import evaluate
@@ -266,13 +266,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(suggest_command(tokens, list(app)) or str(error))
     except TuneError as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'this machine'}: {error.strerror or error}")
     except KeyboardInterrupt:
         terminal.errors.print("interrupted")
         return 130
     except Stopped as stopped:
         return stopped.code
+    except Exception as error:
+        if not isinstance(error, OSError) and not disk.is_full(error):
+            raise
+        return _fail(disk.describe(error))
     return 0
 
 

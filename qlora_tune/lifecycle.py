@@ -7,14 +7,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from qlora_tune import adapters, processes, runs
+from qlora_tune import adapters, disk, processes, runs
 from qlora_tune.base import BaseModel
 from qlora_tune.config import TrainConfig
-from qlora_tune.errors import MemoryLimitError, RunError
+from qlora_tune.errors import MemoryLimitError, RunError, TuneError
 from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.recipe import read_versions
 from qlora_tune.runs import Run
@@ -33,7 +34,7 @@ def begin(
     base: BaseModel,
     device: Device,
     precision: Precision,
-    fingerprints: Mapping[str, str],
+    fingerprints: Mapping[str, Any],
     *,
     total_steps: int,
     resume: bool,
@@ -55,14 +56,35 @@ def begin(
 
 @contextmanager
 def failures_recorded(run: Run, config: TrainConfig, device: Device) -> Iterator[None]:
-    """Leave in the run's state why training ended early. Raises MemoryLimitError when memory ran out."""
+    """Leave in the run's state why training ended early.
+
+    Raises MemoryLimitError when memory ran out, and RunError when the disk is full, where a half-written checkpoint is
+    removed to make room for the state, or when a checkpoint is a pickle of more than tensors.
+    """
     try:
         yield
     except KeyboardInterrupt:
         run.update_state(status="stopped")
         raise
     except BaseException as error:
-        run.update_state(status="failed", reason=(str(error) or type(error).__name__)[:500])
+        reason = (str(error) or type(error).__name__)[:500]
+        expected = isinstance(error, TuneError) or not isinstance(error, Exception)
+        full = not expected and (disk.is_full(error) or disk.takes_nothing(run.path))
+        if full:
+            kept = runs.step_of(next(reversed(runs.keep_whole_checkpoints(run)), None))
+            reason = (
+                f"{run.path}: the disk is full, so training was stopped. It is saved up to step {kept}. Free some "
+                f"space, then go on with: {run.resume_command()}"
+            )
+        elif isinstance(error, UnpicklingError):
+            reason = (
+                f"{run.path}: a file in its checkpoints holds more than numbers, so it was not opened. Whoever wrote "
+                "it could have run code here: don't use this run's folder."
+            )
+        with suppress(OSError):  # on a full disk; a process that is gone then says as much
+            run.update_state(status="failed", reason=reason)
+        if full or isinstance(error, UnpicklingError):
+            raise RunError(reason) from None
         if type(error).__name__ == "OutOfMemoryError":
             raise MemoryLimitError(out_of_memory(config, device)) from None
         raise
@@ -84,21 +106,22 @@ def out_of_memory(config: TrainConfig, device: Device) -> str:
     )
 
 
-def find_checkpoint(run: Run, fingerprints: dict[str, str]) -> Path | None:
+def find_checkpoint(run: Run, fingerprints: Mapping[str, Any]) -> Path | None:
     """The checkpoint to go on from. Raises RunError where going on would not be the same training."""
     run.require_unfinished()
     state = run.read_state()
     names = {
         "data_fingerprint": "data files",
-        "settings_fingerprint": "settings",
         "base_fingerprint": "base model's weights",
         "preferences_fingerprint": "preference files or first adapter",
     }
-    changed = [names[key] for key, value in fingerprints.items() if state.get(key, value) != value]
+    changed = [names[key] for key, value in fingerprints.items() if key in names and state.get(key, value) != value]
+    changed += runs.changed_settings(state.get("settings", {}), fingerprints["settings"])
     if changed:
         raise RunError(
             f"{run.path}: its {' and '.join(changed)} have changed since it was started, so going on would mix two "
-            "trainings. Start a new run instead."
+            "trainings. "
+            f"Train anew with: python -m qlora_tune {run.stage} --config {run.path / 'config.toml'} --run-name NEW"
         )
     checkpoint = next(reversed(runs.keep_whole_checkpoints(run)), None)
     run.rewind_metrics(runs.step_of(checkpoint))
@@ -151,7 +174,8 @@ def recorder(
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            _require_room(run, args, model)
             self.begin, self.first_step = time.perf_counter(), state.global_step
             if state.best_model_checkpoint:  # kept as a path, which is wrong once the run's folder was moved
                 state.best_model_checkpoint = str(run.checkpoints / Path(state.best_model_checkpoint).name)
@@ -204,6 +228,15 @@ def recorder(
     return Recorder()
 
 
+def _require_room(run: Run, args: Any, model: Any) -> None:
+    """Refuse to begin where the checkpoints that are kept, one being written and the adapter don't fit the disk."""
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    moments = 0.5 if "8bit" in args.optim else 2  # of Adam, for each byte of weights
+    needed = ((args.save_total_limit + 1) * (1 + moments) + 1) * weights
+    there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
+    disk.require_room(run.path, int(needed) - there, "checkpoints and the adapter")
+
+
 def _memory_in_use(device: Device) -> int:
     """Peak bytes allocated on a GPU; resident bytes of the process on a CPU."""
     import psutil
@@ -221,15 +254,7 @@ def leave_training(trainer: Any, model: Any) -> None:
     """
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.set_attn_implementation("sdpa")
-    _refuse_non_finite(model)
-
-
-def _refuse_non_finite(model: Any) -> None:
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise RunError(f"{name} holds values that are not finite numbers; no adapter was saved.")
+    adapters.refuse_non_finite(model)
 
 
 def save_adapter(

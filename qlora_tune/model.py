@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -64,6 +64,18 @@ def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+class _LogFile(logging.FileHandler):
+    """A log that goes without what a full disk doesn't take: it would fill the terminal with tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def quiet_stack(log_file: Path | None = None) -> None:
     """Send what the libraries have to say to a log file, away from the terminal; no usage reports.
 
@@ -81,7 +93,7 @@ def quiet_stack(log_file: Path | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    handler: logging.Handler = logging.FileHandler(log_file, encoding="utf-8") if log_file else logging.NullHandler()
+    handler: logging.Handler = _LogFile(log_file, encoding="utf-8") if log_file else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -25,6 +25,7 @@ from qlora_tune.check_page import STYLE as REPORT_STYLE
 from qlora_tune.check_page import render_check
 from qlora_tune.comparison import HEADLINE, Answered, Comparison, TaskScore, write_change
 from qlora_tune.config import TrainConfig, describe_value
+from qlora_tune.disk import describe, is_full
 from qlora_tune.errors import ConfigError, TuneError
 from qlora_tune.plan import Plan
 from qlora_tune.preview import RowView
@@ -125,8 +126,8 @@ def show_problem(error: Exception) -> str:
     """A problem in words; what nobody foresaw is printed in full where the page was started, too."""
     if isinstance(error, TuneError):
         return show_message(str(error), "bad")
-    if isinstance(error, OSError):
-        return show_message(f"{error.filename or 'this machine'}: {error.strerror or error}", "bad")
+    if isinstance(error, OSError) or is_full(error):
+        return show_message(describe(error), "bad")
     traceback.print_exception(error)
     return show_message(f"This failed, and should not have: {type(error).__name__}: {error}", "bad")
 

@@ -74,7 +74,7 @@ def train_on_pairs(
     began = (origin.run if origin else None) or run
     fingerprints = {
         "data_fingerprint": began.read_state().get("data_fingerprint", runs.fingerprint_files([])),
-        "settings_fingerprint": runs.fingerprint_settings(config),
+        "settings": runs.shaping_settings(config),
         "base_fingerprint": trained.base.fingerprint,
         "preferences_fingerprint": runs.fingerprint_files(files),
     }

@@ -35,7 +35,7 @@ from qlora_tune.config import TrainConfig
 from qlora_tune.data import label_files
 from qlora_tune.errors import ConfigError, RunError
 from qlora_tune.prepare import data_files, load_files, training_files
-from qlora_tune.runs import UNSEEN, Run, fingerprint_files, fingerprint_settings, read_json, write_json
+from qlora_tune.runs import UNSEEN, Run, changed_settings, fingerprint_files, read_json, shaping_settings, write_json
 from qlora_tune.scores import write_value
 from qlora_tune.shapes import Example
 
@@ -161,7 +161,7 @@ def open_rotation(config: TrainConfig) -> Rotation:
         raise ConfigError("holdout_tasks auto compares scores, and score_rows is 0. Leave --score-rows out.")
     came_in: dict[str, Any] = {
         "data_fingerprint": fingerprint_files(data_files(config)),
-        "settings_fingerprint": fingerprint_settings(config),
+        "settings": shaping_settings(config),
         "base_fingerprint": find_base(config.model_name_or_path, config.model_revision).fingerprint,
     }
     path = Path(config.runs_dir) / (config.run_name or time.strftime("%Y%m%d-%H%M%S-unseen"))
@@ -169,7 +169,9 @@ def open_rotation(config: TrainConfig) -> Rotation:
         raise RunError(f"{path}: exists and is no experiment. Choose another --run-name.")
     if any(path.glob("*/state.json")):
         record = read_json(path / RECORD)
-        changed = [key.partition("_")[0] for key, value in came_in.items() if record.get(key) != value]
+        hashes = ("data_fingerprint", "base_fingerprint")
+        changed = [key.partition("_")[0] for key in hashes if record.get(key) != came_in[key]]
+        changed += changed_settings(record.get("settings", {}), came_in["settings"])
         if changed:
             raise RunError(
                 f"{path}: its {' and '.join(changed)} have changed since it was begun, so its runs could not be "

@@ -27,12 +27,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tune.config import TrainConfig, read_toml, validate_settings
+from qlora_tune.config import TrainConfig, describe_value, read_toml, validate_settings
 from qlora_tune.errors import RunError
 from qlora_tune.shapes import DataProblem, Example
 
@@ -211,16 +211,20 @@ def new_run(config: TrainConfig) -> Run:
             settings[key] = str(Path(settings[key]).resolve())
     if Path(config.model_name_or_path).is_dir():
         settings["model_name_or_path"] = str(Path(config.model_name_or_path).resolve())
-    (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
     run = Run(path)
-    run.update_state(
-        status="preparing",
-        pid=os.getpid(),
-        started=time.time(),
-        created=time.time(),
-        preset=config.preset,
-        base_model=settings["model_name_or_path"],
-    )
+    try:
+        (path / "config.toml").write_bytes(tomli_w.dumps(settings).encode("utf-8", errors="surrogateescape"))
+        run.update_state(
+            status="preparing",
+            pid=os.getpid(),
+            started=time.time(),
+            created=time.time(),
+            preset=config.preset,
+            base_model=settings["model_name_or_path"],
+        )
+    except OSError:  # on a full disk; a folder without a state would only keep its name from being used
+        shutil.rmtree(path)
+        raise
     return run
 
 
@@ -304,12 +308,20 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint_settings(config: TrainConfig) -> str:
-    """Hash the settings that shape training; where the run's folder lies doesn't."""
-    settings = config.model_dump(exclude={"runs_dir", "run_name", "score_rows", "max_new_tokens", "plain_text"})
-    for key in ("data", "heldout_data", "preference_data", "model_name_or_path"):  # known by their content
-        settings.pop(key)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+def shaping_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that shape training, as JSON holds them. Files and base are known by their content instead."""
+    elsewhere = {"runs_dir", "run_name", "score_rows", "max_new_tokens", "plain_text"}
+    by_content = {"data", "heldout_data", "preference_data", "model_name_or_path"}
+    return config.model_dump(mode="json", exclude=elsewhere | by_content)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each setting that differs, with both values. One that an earlier version didn't have had its default."""
+    defaults = shaping_settings(TrainConfig())
+    both = [(name, before.get(name, defaults[name]), value) for name, value in now.items()] if before else []
+    return [
+        f"{name} ({describe_value(was)}, now {describe_value(is_now)})" for name, was, is_now in both if was != is_now
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -342,9 +354,9 @@ def _to_json_line(record: Example | DataProblem) -> str:
 def _is_whole(folder: Path) -> bool:
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(entries) and all(_matches(folder / name, entry) for name, entry in entries.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever a damaged manifest can hold
         return False
-    return bool(entries) and all(_matches(folder / name, entry) for name, entry in entries.items())
 
 
 def _matches(path: Path, entry: dict[str, Any]) -> bool:

@@ -65,7 +65,7 @@ def train(
     """
     fingerprints = {
         "data_fingerprint": runs.fingerprint_files(data_files(config)),
-        "settings_fingerprint": runs.fingerprint_settings(config),
+        "settings": runs.shaping_settings(config),
         "base_fingerprint": setup.base.fingerprint,
     }
     checkpoint = find_checkpoint(run, fingerprints) if resume else None

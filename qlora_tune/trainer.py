@@ -30,6 +30,11 @@ class LeanTrainer:
         """Nothing asks for it, and counting goes over all parameters at every step."""
         return 0
 
+    def _save_checkpoint(self: Any, *arguments: Any, **named: Any) -> None:
+        """Save no weights that are not finite: the loss tells of them a step later, when the checkpoint is kept."""
+        adapters.refuse_non_finite(self.model, self.optimizer)
+        super()._save_checkpoint(*arguments, **named)  # type: ignore[misc]
+
     def _run_epoch(self: Any, *arguments: Any, **named: Any) -> None:
         """Train nothing where nothing is left: Trainer would take a step more where the epoch isn't over.
 

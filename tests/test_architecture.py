@@ -11,6 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "qlora_tune"
 ORDER = [
     "errors",
+    "disk",
     "config",
     "json_stream",
     "turns",

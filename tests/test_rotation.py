@@ -213,10 +213,10 @@ def test_rows_of_a_file_called_unseen_do_not_take_the_place_of_the_unseen_tasks(
     assert read_comparison(run, "other-unseen").total().rows == 1
 
 
-@pytest.mark.parametrize(("change", "named"), [({"seed": "7"}, "settings"), ({"lora_r": "4"}, "settings")])
-def test_other_settings_are_another_experiment(experiment: Path, change: dict[str, str], named: str) -> None:
-    with pytest.raises(RunError, match=f"its {named} have changed since it was begun.*another --run-name"):
-        read_rotation(experiment, **change)
+@pytest.mark.parametrize("name", ["seed", "lora_r"])
+def test_other_settings_are_another_experiment(experiment: Path, name: str) -> None:
+    with pytest.raises(RunError, match=f"its {name} \\(.*, now 7\\) have changed since it was begun.*--run-name"):
+        read_rotation(experiment, **{name: "7"})
 
 
 def test_other_rows_are_another_experiment(experiment: Path) -> None:

@@ -335,7 +335,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         training.train(config, run, prepare(config), resume=True)
     run.update_state(status="stopped")
     edited = config.model_copy(update={"learning_rate": 0.5})
-    with pytest.raises(RunError, match="its settings have changed"):
+    with pytest.raises(RunError, match=r"its learning_rate \(0.002, now 0.5\) have changed"):
         training.train(edited, run, prepare(edited), resume=True)
     Path(config.data[0]).write_text('{"instruction": "new", "output": "rows"}\n' * 9)
     with pytest.raises(RunError, match="data files have changed"):

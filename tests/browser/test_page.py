@@ -99,7 +99,7 @@ def chromium() -> Iterator[Any]:
 def tab(chromium: Any) -> Iterator[Any]:
     """A browser tab that fails the test when a script of the page fails."""
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)  # an export answers a hundred prompts
     problems: list[str] = []
     page.problems = problems
     page.on("pageerror", lambda error: problems.append(str(error)))
