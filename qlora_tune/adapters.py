@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from qlora_tune import processes
+from qlora_tune.adapter_record import read_adapter_record, refuse_other_base
 from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import IGNORED
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import ConfigError, ModelError, RunError, join_problems
-from qlora_tune.model import Precision, Quantization, one_at_a_time
+from qlora_tune.model import one_at_a_time
 
 REWARD_HEAD = "base_model.model.score.weight"  # beside a reward model's LoRA weights, in the same file
-ADAPTER_RECORD = "qlora_tune.json"  # beside adapter_config.json: the base's fingerprint, and how it was quantized
 REPLACING = ("olora", "pissa", "pissa_niter_16")  # they take what the adapter begins with out of the base's weights
 PLAIN_STARTS = ("default", "gaussian")  # they change nothing at first, and look at no weight of the base
 ERROR_PASSES = 16  # of svd_lowrank over a weight's rounding error
@@ -307,51 +307,10 @@ def save_adapter_files(model: Any, folder: Path, start: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; export writes the real card
 
 
-RECORD_KEYS = {
-    "base_model",
-    "base_revision",
-    "base_fingerprint",
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "precision",
-}
-
-
-def write_adapter_record(folder: Path, base: BaseModel, quantization: Quantization, precision: Precision) -> None:
-    """Keep beside an adapter which base it belongs to, and how that was held: what else it meets is another model."""
-    record = {
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "base_fingerprint": base.fingerprint,
-        "load_in_4bit": quantization.load_in_4bit,
-        "bnb_4bit_quant_type": quantization.quant_type,
-        "bnb_4bit_use_double_quant": quantization.double_quant,
-        "precision": precision,
-    }
-    (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter_record(folder: Path) -> dict[str, Any]:
-    """Read what write_adapter_record wrote. Raises ModelError when the folder holds no adapter of ours."""
-    files = ("adapter_model.safetensors", "adapter_config.json", ADAPTER_RECORD)
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ModelError(
-            f"{folder}: no adapter made by qlora-tune ({', '.join(missing)} missing). Expected a run's adapter "
-            "folder or an unpacked export."
-        )
-    try:
-        record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not set(record) >= RECORD_KEYS:
-        raise ModelError(f"{folder / ADAPTER_RECORD}: is damaged. Export the adapter again.")
-    return record
-
-
 @one_at_a_time
 def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default") -> Any:
     """Put an adapter on its base, also beside others. Raises ModelError for another base or for other tensors."""
+    import torch
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
@@ -378,13 +337,7 @@ def load_adapter(model: Any, folder: Path, base: BaseModel, name: str = "default
             f"{folder}: the adapter file has {len(stored)} tensors, the model expects {len(expected)}, and "
             f"{len(stored ^ expected)} names differ. The file is incomplete or was changed."
         )
+    broken = sum(not torch.isfinite(values).all() for part, values in model.named_parameters() if f".{name}." in part)
+    if broken:
+        raise ModelError(f"{folder}: {broken} tensors hold values that are not finite numbers. The file is damaged.")
     return model
-
-
-def refuse_other_base(folder: Path, record: dict[str, Any], base: BaseModel) -> NoReturn:
-    """Raise ModelError naming both bases."""
-    raise ModelError(
-        f"{folder}: this adapter was trained on {record['base_model']} (weights {record['base_fingerprint'][:12]}), "
-        f"but the base given is {base.name} (weights {base.fingerprint[:12]}). On another base it answers nonsense; "
-        "give the base it was trained on."
-    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune import launch
-from qlora_tune.adapters import read_adapter_record
+from qlora_tune.adapter_record import read_adapter_record
 from qlora_tune.answer_files import Answers, Question
 from qlora_tune.errors import DataError
 from qlora_tune.model import detect_device

@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 from qlora_tune import adapters
 from qlora_tune import model as models
+from qlora_tune.adapter_record import (
+    ADAPTER_RECORD,
+    read_adapter_record,
+    refuse_changed_files,
+    refuse_other_base,
+)
 from qlora_tune.base import BaseModel, find_base
 from qlora_tune.card import Form, public_text, write_model_card
 from qlora_tune.chat_format import ChatFormat
@@ -34,7 +40,7 @@ from qlora_tune.runs import Run, is_reward_model, read_json
 from qlora_tune.shapes import Example
 
 # Only these files leave: what a trainer writes beside them holds local paths.
-ADAPTER_FILES = ("adapter_model.safetensors", adapters.ADAPTER_RECORD)
+ADAPTER_FILES = ("adapter_model.safetensors", ADAPTER_RECORD)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,7 +105,8 @@ def open_adapter(adapter: Path, base: str | None = None, *, reward: bool = False
     Raises ModelError when the folder holds no adapter, or the base is missing or is another one, and where a reward
     model is given for an adapter that answers, or the other way round.
     """
-    record = adapters.read_adapter_record(adapter)
+    record = read_adapter_record(adapter)
+    refuse_changed_files(adapter, record)
     if is_reward_model(adapter) and not reward:
         raise ModelError(
             f"{adapter}: is a reward model, which scores answers and writes none. Use it beside what answers: "
@@ -112,7 +119,7 @@ def open_adapter(adapter: Path, base: str | None = None, *, reward: bool = False
         )
     found = find_base(base or record["base_model"], None if base else record["base_revision"])
     if found.fingerprint != record["base_fingerprint"]:
-        adapters.refuse_other_base(adapter, record, found)
+        refuse_other_base(adapter, record, found)
     quantization = Quantization(
         record["load_in_4bit"], record["bnb_4bit_quant_type"], record["bnb_4bit_use_double_quant"]
     )
@@ -254,9 +261,9 @@ def _write_adapter_files(trained: Trained, run: Run, folder: Path) -> None:
     config["base_model_name_or_path"] = trained.base.label
     config["revision"] = trained.base.revision
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    record = read_json(source / adapters.ADAPTER_RECORD)
+    record = read_json(source / ADAPTER_RECORD)
     record["base_model"] = trained.base.label
-    (folder / adapters.ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_generation_config(trained, folder)
     _write_papers(trained, run, folder, None, "adapter")
 

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from qlora_tune import adapters, disk, processes, runs
+from qlora_tune.adapter_record import write_adapter_record
 from qlora_tune.base import BaseModel
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import MemoryLimitError, RunError, TuneError
@@ -263,4 +264,4 @@ def save_adapter(
     """Leave the adapter, its tokenizer with chat template, and its base's fingerprint in the run's folder."""
     adapters.save_adapter_files(model, run.adapter, run.path / START)
     tokenizer.save_pretrained(run.adapter)
-    adapters.write_adapter_record(run.adapter, base, quantization, precision)
+    write_adapter_record(run.adapter, base, quantization, precision)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tune import adapters, runs
 from qlora_tune import data as rows
 from qlora_tune import model as models
+from qlora_tune import runs
+from qlora_tune.adapter_record import read_adapter_record
 from qlora_tune.base import find_base
 from qlora_tune.config import TrainConfig, validate_settings
 from qlora_tune.errors import DataError, RunError, join_problems
@@ -182,7 +183,7 @@ def _open_base(config: TrainConfig) -> Trained:
 
 def _settings_of(adapter: Path) -> TrainConfig:
     """The settings that an adapter itself knows; nothing says what it was trained on."""
-    record = adapters.read_adapter_record(adapter)
+    record = read_adapter_record(adapter)
     lora = runs.read_json(adapter / "adapter_config.json")
     context = find_base(record["base_model"], record["base_revision"]).context_length()
     values = {

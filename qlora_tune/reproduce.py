@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_tune.adapters import read_adapter_record
+from qlora_tune.adapter_record import read_adapter_record
 from qlora_tune.base import find_base
 from qlora_tune.chat import find_adapter
 from qlora_tune.config import TrainConfig, validate_settings

@@ -49,6 +49,7 @@ ORDER = [
     "base_shape",
     "processes",
     "model",
+    "adapter_record",
     "adapters",
     "runs",
     "launch",
