@@ -232,41 +232,6 @@ def test_a_run_on_bad_data_ends_failed_with_the_reason(tmp_path: Path) -> None:
     assert is_free()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.reliability)])
-def test_of_many_starts_at_once_one_runs_and_the_others_are_told_its_name(tmp_path: Path, count: int) -> None:
-    config = short(tmp_path, max_steps=FOREVER, eval_steps=FOREVER)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    code = (
-        "import sys; from qlora_tune.config import TrainConfig; from qlora_tune.errors import RunError\n"
-        "from qlora_tune.launch import launch_run\n"
-        "config = TrainConfig.model_validate_json(open(sys.argv[1]).read())\n"
-        "try: launch_run(config, 'cpu')\n"
-        "except RunError as error: sys.exit(f'refused: {error}')\n"
-    )
-    commands = [[sys.executable, "-c", code, str(tmp_path / "config.json")], train_command(tmp_path)]
-    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(commands[number % 2], **output) for number in range(count)]
-    runs_dir = tmp_path / "runs"
-    try:
-        wait_for(lambda: sum(process.poll() not in (None, 0) for process in started) == count - 1, "all refusals")
-        runs = list_runs(runs_dir)
-        assert len(runs) == len(list(runs_dir.iterdir())) == 1
-        assert runs[0].is_alive()
-        for process in started:
-            if process.returncode not in (None, 0):
-                said = process.stdout.read().replace("\n", "")  # type: ignore[union-attr]
-                assert f"Run {runs[0].path} is running on this machine's CPU" in said
-    finally:
-        for run in list_runs(runs_dir):
-            discard_run(run)
-        for process in started:
-            process.kill()
-            process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
-    wait_for(is_free, "free device")
-
-
 def ended(runs_dir: Path, name: str, *data: Path) -> Run:
     """A run without a process, trained on some files."""
     run = new_run(settings(runs_dir=str(runs_dir), run_name=name, data=[str(file) for file in data]))

@@ -66,7 +66,7 @@ def non_finite(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("fast", ["true", "false"])
+@pytest.mark.parametrize("fast", ["true", pytest.param("false", marks=pytest.mark.reliability)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_number_that_is_not_finite_ends_the_run_within_a_step_and_is_in_no_file(
     tmp_path: Path, name: str, fast: str, monkeypatch: pytest.MonkeyPatch

@@ -85,7 +85,7 @@ def test_the_first_loss_is_ln_2_because_it_begins_as_its_reference(preferred: Pr
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", pytest.param("ipo", marks=pytest.mark.reliability)])
 def test_the_fast_path_trains_as_trl_does(finished: Any, tmp_path: Path, loss_type: str) -> None:
     data = sample_votes(tmp_path / "votes.jsonl", 20)
     origin = find_origin(finished[0].path, str(finished[0].path.parent))
