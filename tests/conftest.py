@@ -21,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+LONG = {"test_page.py", "test_train.py", "test_adapters.py", "test_launch.py", "test_memory.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first: begun last, one would keep a single process busy for minutes at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _compare_exports_on_few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty prompts tell a broken export too; what fixtures of whole modules export is compared on all hundred."""
