@@ -53,6 +53,7 @@ def at_each_write(name: str, act: Callable[[int], None]) -> None:
 
 
 def train_here(folder: Path, name: str) -> None:
+    (folder / "runs").mkdir(exist_ok=True)  # else making it is a write more, in the first run of a folder
     config = settings(data=[str(rows_in(folder))], runs_dir=str(folder / "runs"), run_name=name, **FLAGS)
     train(config, new_run(config), prepare(config))
 
