@@ -140,6 +140,7 @@ def adapter_with_code(mark: Path, run: Run) -> None:
     write_module(run.adapter, "evil", mark)
     evil = {"base_model_class": "Evil", "parent_library": "evil"}
     edit(run.adapter / "adapter_config.json", auto_mapping=evil)
+    edit(run.adapter / "qlora_tune.json", sha256={})  # by their hashes it would be refused before
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(run.adapter))
         open_adapter(run.adapter).load()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,7 +317,8 @@ def test_the_best_checkpoint_is_looked_for_where_the_run_is_now(finished: Any) -
     run, _, result = finished
     state = TrainerState(best_model_checkpoint="/somewhere/else/checkpoints/checkpoint-12")
     recorder = lifecycle.recorder(run, result.setup.device, lambda entry: None, lifecycle.Stop(), has_heldout=True)
-    recorder.on_train_begin(None, state, TrainerControl())
+    args = SimpleNamespace(optim="adamw_torch", save_total_limit=2)
+    recorder.on_train_begin(args, state, TrainerControl(), model=result.model)
     assert state.best_model_checkpoint == str(run.checkpoints / "checkpoint-12")
 
 
