@@ -225,7 +225,25 @@ def everything(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("front", ["../../", "/tmp/", "..\\..\\", "a/../../b/", "C:\\", "./"])
+@pytest.mark.parametrize(
+    "front",
+    [
+        "../../",
+        "/tmp/",
+        "..\\..\\",
+        "a/../../b/",
+        "C:\\",
+        "./",
+        "/",
+        "//",
+        "~/",
+        "../" * 9,
+        "....//",
+        "..%2f..%2f",
+        "\\\\server\\share\\",
+        "file:///tmp/",
+    ],
+)
 def test_names_that_lead_elsewhere_write_nothing_elsewhere(front: str, zipped: Path, tmp_path: Path) -> None:
     evil = repack(zipped, tmp_path / "evil.zip", lambda name: front + Path(name).name, {})
     folder = uploads(tmp_path)

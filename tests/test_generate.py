@@ -120,7 +120,7 @@ def answer(model: Any, chat: Any, asked: list[list[Message]]) -> list[str]:
     ("changes", "packed", "adapted"),  # of the seven projections of eight layers
     [
         ({}, 56, 56),
-        ({"use_dora": True}, 56, 0),
+        pytest.param({"use_dora": True}, 56, 0, marks=pytest.mark.reliability),
         ({"target_modules": ["q_proj"]}, 56, 8),
         ({"in_4bit": False}, 0, 0),
     ],

@@ -177,6 +177,7 @@ def test_a_launched_run_finishes_and_frees_the_device(tmp_path: Path) -> None:
         launch_resume(run, "cpu")
 
 
+@pytest.mark.reliability  # test_train and the journey in the browser stop and resume a run too
 def test_a_stopped_run_is_saved_whole_and_goes_on_to_its_end(tmp_path: Path) -> None:
     run = launch_run(short(tmp_path, max_steps="60", eval_steps="1000"), "cpu")
     wait_for_step(run, 2)

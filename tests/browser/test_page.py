@@ -442,7 +442,7 @@ def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callabl
     assert len((ROOT / "app.py").read_text().splitlines()) <= 600
 
 
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.reliability), 800])
 def test_nothing_is_wider_than_the_window(serve: Callable[[int], Page], tab: Any, width: int) -> None:
     page = serve(7934)
     tab.set_viewport_size({"width": width, "height": 900})
