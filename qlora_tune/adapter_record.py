@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_tune.base import BaseModel
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import ModelError
 from qlora_tune.model import Precision, Quantization
 
@@ -89,5 +90,4 @@ def _hash(path: Path) -> str:
         except (ValueError, AttributeError):
             return "unreadable"
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(path)

@@ -15,12 +15,13 @@ from typing import Any
 from qlora_tune import launch
 from qlora_tune.adapter_record import read_adapter_record
 from qlora_tune.answer_files import Answers, Question
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import DataError
 from qlora_tune.model import detect_device
 from qlora_tune.pair_setup import Origin, find_origin
 from qlora_tune.prefer import make_settings
 from qlora_tune.preferences import read_pairs
-from qlora_tune.runs import Run, hash_file
+from qlora_tune.runs import Run
 from qlora_tune.side_by_side import BASE
 from qlora_tune.turns import Message
 from qlora_tune.votes import NONE, TIE, Vote, append_vote, key_prompt, read_votes

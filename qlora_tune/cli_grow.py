@@ -22,6 +22,7 @@ from rich.text import Text
 from qlora_tune import terminal
 from qlora_tune.cli_train import RunsDir
 from qlora_tune.config import BUILTIN, read_toml
+from qlora_tune.disk import hash_file
 from qlora_tune.endpoint import Endpoint, is_loopback
 from qlora_tune.errors import ConfigError, DataError, TuneError
 from qlora_tune.grow import (
@@ -38,7 +39,7 @@ from qlora_tune.grow import (
     write_accepted,
 )
 from qlora_tune.row_files import refuse_overwriting
-from qlora_tune.runs import hash_file, latest_run
+from qlora_tune.runs import latest_run
 from qlora_tune.self_instruct import Proposal
 from qlora_tune.terminal import console, say
 from qlora_tune.text_signs import printable

@@ -1,8 +1,9 @@
-"""A full disk: foreseen before training begins, told apart from other failures, and said in words."""
+"""Files on the disk: their hashes, and a full disk foreseen, told apart from other failures and said in words."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,12 @@ from qlora_tune.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none for this user
 _PROBE = b"\0" * (1 << 20)
+
+
+def hash_file(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: BaseException) -> bool:
@@ -32,14 +39,13 @@ def takes_nothing(folder: Path) -> bool:
 
 def describe(error: Exception) -> str:
     """What the system refused, in a line."""
+    place = getattr(error, "filename", None)
     if is_full(error):
-        place = getattr(error, "filename", None)
         return (
             f"The disk is full{f' ({place})' if place else ''}. What was finished before is kept: free some space, "
             "and run the same command again."
         )
-    name = getattr(error, "filename", None) or "this machine"
-    return f"{name}: {getattr(error, 'strerror', None) or error}"
+    return f"{place or 'this machine'}: {getattr(error, 'strerror', None) or error}"
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:

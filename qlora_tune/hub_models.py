@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import ExportError, ModelError
 from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, open_adapter
-from qlora_tune.runs import hash_file
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

@@ -68,27 +68,32 @@ def failures_recorded(run: Run, config: TrainConfig, device: Device) -> Iterator
         run.update_state(status="stopped")
         raise
     except BaseException as error:
-        reason = (str(error) or type(error).__name__)[:500]
-        expected = isinstance(error, TuneError) or not isinstance(error, Exception)
-        full = not expected and (disk.is_full(error) or disk.takes_nothing(run.path))
-        if full:
-            kept = runs.step_of(next(reversed(runs.keep_whole_checkpoints(run)), None))
-            reason = (
-                f"{run.path}: the disk is full, so training was stopped. It is saved up to step {kept}. Free some "
-                f"space, then go on with: {run.resume_command()}"
-            )
-        elif isinstance(error, UnpicklingError):
-            reason = (
-                f"{run.path}: a file in its checkpoints holds more than numbers, so it was not opened. Whoever wrote "
-                "it could have run code here: don't use this run's folder."
-            )
+        words = _in_words(error, run)
         with suppress(OSError):  # on a full disk; a process that is gone then says as much
-            run.update_state(status="failed", reason=reason)
-        if full or isinstance(error, UnpicklingError):
-            raise RunError(reason) from None
+            run.update_state(status="failed", reason=words or (str(error) or type(error).__name__)[:500])
+        if words:
+            raise RunError(words) from None
         if type(error).__name__ == "OutOfMemoryError":
             raise MemoryLimitError(out_of_memory(config, device)) from None
         raise
+
+
+def _in_words(error: BaseException, run: Run) -> str:
+    """What libraries report in words of their own, or under none; empty for all other failures."""
+    if isinstance(error, UnpicklingError):
+        return (
+            f"{run.path}: a file in its checkpoints holds more than numbers, so it was not opened. Whoever wrote it "
+            "could have run code here: don't use this run's folder."
+        )
+    if isinstance(error, TuneError) or not isinstance(error, Exception):
+        return ""
+    if not disk.is_full(error) and not disk.takes_nothing(run.path):
+        return ""
+    kept = runs.step_of(next(reversed(runs.keep_whole_checkpoints(run)), None))
+    return (
+        f"{run.path}: the disk is full, so training was stopped. It is saved up to step {kept}. Free some space, then "
+        f"go on with: {run.resume_command()}"
+    )
 
 
 def _versions_with(earlier: list[dict[str, str]]) -> list[dict[str, str]]:

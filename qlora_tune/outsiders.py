@@ -12,12 +12,12 @@ from qlora_tune.base import find_base
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.data import DataReport, find_data
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import DataError, ModelError, join_problems
 from qlora_tune.export import open_adapter
 from qlora_tune.model import Quantization
 from qlora_tune.prepare import leave_out_long, load_others
 from qlora_tune.recipe import RECIPE, read_recipe
-from qlora_tune.runs import hash_file
 from qlora_tune.shapes import Example
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from qlora_tune import data as rows
 from qlora_tune import runs
 from qlora_tune.config import TrainConfig
+from qlora_tune.disk import hash_file
 from qlora_tune.export import Trained
 from qlora_tune.fast import FastModel, fast_path
 from qlora_tune.lifecycle import (
@@ -98,7 +99,7 @@ def _write_record(config: TrainConfig, run: Run, setup: PreferenceSetup, origin:
             "name": Path(file).name,
             "use": "preferences",
             "rows": setup.report.rows_by_file[file],
-            "sha256": runs.hash_file(file),
+            "sha256": hash_file(file),
         }
         for file in rows.find_data(config.preference_data)
     ]

@@ -16,9 +16,10 @@ import pydantic
 from qlora_tune import __version__
 from qlora_tune.config import TrainConfig, describe_value
 from qlora_tune.data import DataReport
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import ExportError, join_problems
 from qlora_tune.prepare import heldout_files, training_files
-from qlora_tune.runs import Run, hash_file, read_json
+from qlora_tune.runs import Run, read_json
 
 RECIPE = "recipe.toml"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")

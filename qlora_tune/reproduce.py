@@ -11,10 +11,11 @@ from qlora_tune.adapter_record import read_adapter_record
 from qlora_tune.base import find_base
 from qlora_tune.chat import find_adapter
 from qlora_tune.config import TrainConfig, validate_settings
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import ExportError, ModelError, join_problems
 from qlora_tune.prepare import heldout_files, training_files
 from qlora_tune.recipe import RECIPE, Recipe, RecipeBase, make_recipe, read_recipe
-from qlora_tune.runs import Run, hash_file
+from qlora_tune.runs import Run
 
 SAME_LOSS = 1e-3  # [nats] held-out losses that are no further apart count as the same
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tune.config import TrainConfig, describe_value, read_toml, validate_settings
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import RunError
 from qlora_tune.shapes import DataProblem, Example
 
@@ -300,12 +301,6 @@ def fingerprint_files(paths: Sequence[str | Path]) -> str:
     for path in paths:
         digest.update(bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
-
-
-def hash_file(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shaping_settings(config: TrainConfig) -> dict[str, Any]:

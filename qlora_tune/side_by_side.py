@@ -14,13 +14,14 @@ from qlora_tune.chat import find_adapter
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.data import DataReport, find_data, label_files
+from qlora_tune.disk import hash_file
 from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError, join_problems
 from qlora_tune.evaluate import draw, through_learned, write_reference
 from qlora_tune.export import Trained, open_adapter
 from qlora_tune.generate import ANSWER_SHARE, answer_prompts
 from qlora_tune.launch import refuse_busy_device
 from qlora_tune.prepare import leave_out_seen, load_others
-from qlora_tune.runs import Run, hash_file
+from qlora_tune.runs import Run
 from qlora_tune.shapes import Example
 from qlora_tune.votes import NONE, TIE
 

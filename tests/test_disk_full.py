@@ -54,6 +54,12 @@ def command_in(said: Path, disk: Path, name: str, boundary: int, left: int, argu
         sys.exit(main(arguments))
 
 
+def train_command(folder: Path, run: Run) -> list[str]:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in FLAGS.items()]
+    place = [f"--runs-dir={run.path.parent}", f"--run-name={run.name}"]
+    return ["train", str(rows_in(folder)), "--preset=builtin", *place, *flags]
+
+
 def check_message(said: str) -> None:
     """Exactly one error, which names the disk and what to do."""
     assert "Traceback" not in said
@@ -80,11 +86,8 @@ MORE = [(boundary, left) for boundary in (0, 3, 12, 18, 30, 38, 50, 56, 63, 70, 
 def test_a_run_on_a_full_disk_says_so_and_goes_on_to_the_same_adapter(
     whole: Run, disk: Path, tmp_path: Path, boundary: int, left: int
 ) -> None:
-    said, name, runs_dir = tmp_path / "said.txt", "a", disk / "runs"
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in FLAGS.items()]
-    command = ["train", str(rows_in(tmp_path)), f"--runs-dir={runs_dir}", f"--run-name={name}", "--preset=builtin"]
-    ended = in_process(command_in, said, disk, name, boundary, left, [*command, *flags])
-    run = Run(runs_dir / name)
+    said, run = tmp_path / "said.txt", Run(disk / "runs" / "a")
+    ended = in_process(command_in, said, disk, run.name, boundary, left, train_command(tmp_path, run))
     for weights in run.path.rglob("checkpoint-*/adapter_model.safetensors"):
         assert (weights.parent / "manifest.json").exists(), "a half-written checkpoint takes the room that is needed"
     if ended == 0:  # what was left was enough
@@ -96,19 +99,17 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_to_the_same_adapter(
     (disk / "ballast").unlink()
     if not run.path.exists():
         return
-    assert check_goes_on(whole, disk, name), (said.read_text(), before)
+    assert check_goes_on(whole, disk, run.name), (said.read_text(), before)
 
 
 def test_training_does_not_begin_without_room_for_its_checkpoints(disk: Path, tmp_path: Path) -> None:
     fill(disk, 5_000_000)
-    said = tmp_path / "said.txt"
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in FLAGS.items()]
-    command = ["train", str(rows_in(tmp_path)), f"--runs-dir={disk / 'runs'}", "--run-name=a", "--preset=builtin"]
-    assert in_process(command_in, said, disk, "a", -1, 0, [*command, *flags]) == 2
+    said, run = tmp_path / "said.txt", Run(disk / "runs" / "a")
+    assert in_process(command_in, said, disk, run.name, -1, 0, train_command(tmp_path, run)) == 2
     text = said.read_text().replace("\n", " ")
     assert "checkpoints and the adapter take up to" in text
     assert "MB left" in text
-    assert not Run(disk / "runs" / "a").read_metrics()
+    assert not run.read_metrics()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_model import copied_base
 
 from qlora_tune.chat import unpack_adapter
 from qlora_tune.check import check_files
@@ -50,18 +51,12 @@ def run(finished: Any, tmp_path: Path) -> Run:
     return run
 
 
-def base_folder(tmp_path: Path) -> Path:
-    from qlora_tune.base import find_base
-
-    return Path(shutil.copytree(find_base("builtin").path, tmp_path / "base"))
-
-
 def train_on(base: Path) -> int:
     return main(["train", "--model-name-or-path", str(base), "--preset", "none", "--max-steps", "1"])
 
 
 def pickled_base(mark: Path, run: Run) -> int:
-    folder = base_folder(mark.parent)
+    folder = copied_base(mark.parent)
     (folder / "model.safetensors").unlink()
     torch.save(Payload(mark), folder / "pytorch_model.bin")
     return train_on(folder)
@@ -119,14 +114,14 @@ def edit(path: Path, **entries: Any) -> None:
 
 
 def model_with_code(mark: Path, run: Run) -> None:
-    folder = base_folder(mark.parent)
+    evil = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    folder = copied_base(mark.parent, auto_map=evil, model_type="evil")
     write_module(folder, "modeling_evil", mark)
-    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}, model_type="evil")
     assert train_on(folder) == 2
 
 
 def tokenizer_with_code(mark: Path, run: Run) -> None:
-    folder = base_folder(mark.parent)
+    folder = copied_base(mark.parent)
     write_module(folder, "tokenization_evil", mark)
     edit(
         folder / "tokenizer_config.json",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model import changed_base
 
 from qlora_tune.adapter_record import ADAPTER_RECORD, CONFIG, WEIGHTS
-from qlora_tune.base import find_base
 from qlora_tune.errors import ModelError
 from qlora_tune.export import open_adapter
 
@@ -112,12 +112,8 @@ def test_a_changed_adapter_is_refused_by_name(name: str, adapter: Path) -> None:
 
 
 def test_a_base_with_one_other_tensor_is_refused(adapter: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(find_base("builtin").path, tmp_path / "base"))
-    tensors = load_file(base / "model.safetensors")
-    tensors[first(tensors)][0] += 0.01
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="but the base given is"):
-        open_adapter(adapter, str(base)).load()
+        open_adapter(adapter, str(changed_base(tmp_path).path)).load()
 
 
 def test_an_unchanged_adapter_and_one_from_before_there_were_hashes_are_taken(adapter: Path) -> None:
