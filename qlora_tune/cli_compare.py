@@ -20,6 +20,7 @@ from qlora_tune.cli_train import RunsDir
 from qlora_tune.errors import ConfigError
 from qlora_tune.row_files import refuse_overwriting
 from qlora_tune.terminal import console, say
+from qlora_tune.terminal_progress import scoring_progress
 from qlora_tune.text_signs import printable
 from qlora_tune.votes import NONE, TIE, Tally, Vote, append_vote, count_votes, read_votes, same_answerers
 
@@ -75,7 +76,7 @@ def compare(
             terminal.show_problems(report)
         if unknown := [each.name for each in panel.answerers if not each.run and (each.trained or each.recorded)]:
             say(f"not known what was trained on for {', '.join(unknown)}: the rows may not be new to them")
-        with terminal.scoring_progress() as progress:
+        with scoring_progress() as progress:
             answers = answer_questions(
                 panel,
                 questions,

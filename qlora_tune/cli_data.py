@@ -18,6 +18,7 @@ from qlora_tune.quality import DEFECTS
 from qlora_tune.row_files import refuse_overwriting
 from qlora_tune.shapes import KNOWN_SHAPES
 from qlora_tune.terminal import say
+from qlora_tune.terminal_progress import counting, scoring_progress
 
 if TYPE_CHECKING:
     from qlora_tune.shapes import Example
@@ -59,7 +60,7 @@ def check(
     say(f"reading {', '.join(paths)}")
     if tokens:
         say(f"tokens of base {config.model_name_or_path}; max_length {config.max_length} (preset {config.preset})")
-    with terminal.counting("rows read") as on_row:
+    with counting("rows read") as on_row:
         report = check_files(
             find_data(paths),
             find_data(config.heldout_data),
@@ -140,7 +141,7 @@ def select(
     scores = _score_difficulty(config, examples, run) if by == "ifd" else None
     if reward:
         scores = _score_rewards(config, examples, reward)
-    with terminal.scoring_progress() as progress:
+    with scoring_progress() as progress:
         selection = select_examples(
             examples, by, rows, scores, config.seed, per_task, lambda done, total: progress(f"by {by}", done, total)
         )
@@ -201,7 +202,7 @@ def _ask_for_pairs(
     from qlora_tune.self_instruct import generate_pairs
 
     shown = load_examples([seeds])[0] if seeds else []
-    with terminal.scoring_progress() as progress:
+    with scoring_progress() as progress:
         report = generate_pairs(
             documents,
             Endpoint(endpoint, model, api_key_env),
@@ -234,7 +235,7 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
         chat = models.load_tokenizer(base.path, config.chat_template)[1]
         model = models.load_base(base, device, precision_of(config, device), quantization_of(config))
         say("scored by the bare base: one that does not know the chat template tells little. --run takes a tuned one")
-    with terminal.scoring_progress() as progress:
+    with scoring_progress() as progress:
         found = score_ifd(
             model,
             chat,
@@ -252,7 +253,7 @@ def _score_rewards(config: TrainConfig, examples: list[Example], reward: Path) -
     from qlora_tune.reward_model import load_reward_model, open_reward_model
 
     model = load_reward_model(open_reward_model(reward, config.runs_dir))
-    with terminal.scoring_progress() as progress:
+    with scoring_progress() as progress:
         return model.score(
             [(through_learned(example), example.tools) for example in examples],
             config.per_device_eval_batch_size,

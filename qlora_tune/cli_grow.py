@@ -42,6 +42,7 @@ from qlora_tune.row_files import refuse_overwriting
 from qlora_tune.runs import latest_run
 from qlora_tune.self_instruct import Proposal
 from qlora_tune.terminal import console, say
+from qlora_tune.terminal_progress import scoring_progress
 from qlora_tune.text_signs import printable
 
 POOL_HELP = "Pool of proposals to write or go on with; no rows to train on."
@@ -82,7 +83,7 @@ def grow(
         say(f"{others} rows are more than one question and its answer, and not used as seeds")
     if begun.proposals:
         say(f"{output} holds {len(begun.proposals)} proposals; going on there")
-    with tempfile.TemporaryDirectory() as scratch, terminal.scoring_progress() as progress:
+    with tempfile.TemporaryDirectory() as scratch, scoring_progress() as progress:
         if endpoint and endpoint_model:
             opened = _open_endpoint(Endpoint(endpoint, endpoint_model, api_key_env), temperature, output)
         else:

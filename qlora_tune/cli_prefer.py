@@ -20,6 +20,7 @@ from qlora_tune.row_files import refuse_overwriting
 from qlora_tune.runs import Run, new_run, open_run
 from qlora_tune.scores import write_value
 from qlora_tune.terminal import console, say
+from qlora_tune.terminal_progress import TrainProgress
 
 if TYPE_CHECKING:
     from qlora_tune.pair_scores import PairScores
@@ -146,7 +147,7 @@ def _fit_in(
 
 def with_progress(fit: Callable[..., Any], run: Run, resume: bool, *setup: Any) -> Any:
     """Train with a bar of progress. Raises Stopped when a signal ended it."""
-    with terminal.TrainProgress(resume) as progress:
+    with TrainProgress(resume) as progress:
         result = fit(*setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping)
     if result.status == "stopped":
         say(f"stopped and saved. Go on with: {run.resume_command()}")

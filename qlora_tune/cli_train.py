@@ -20,6 +20,7 @@ from qlora_tune.model import quiet_stack
 from qlora_tune.plan import pick_here
 from qlora_tune.runs import UNSEEN, Run, latest_run, new_run, open_run
 from qlora_tune.terminal import console, say
+from qlora_tune.terminal_progress import TrainProgress, scoring_progress
 
 if TYPE_CHECKING:
     from qlora_tune.chat_format import ChatFormat
@@ -221,7 +222,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
 def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:
     from qlora_tune.train import train as fit
 
-    with terminal.TrainProgress(resume) as progress:
+    with TrainProgress(resume) as progress:
         result = fit(
             config, run, setup, resume=resume, on_metrics=progress.update, on_stop=progress.stopping, on_note=say
         )
@@ -287,7 +288,7 @@ def score_rows(
     from qlora_tune.evaluate import compare
     from qlora_tune.prepare import find_plain_text
 
-    with terminal.scoring_progress() as progress:
+    with scoring_progress() as progress:
 
         def on_progress(who: str, done: int, total: int) -> None:
             progress(who, done, total)

@@ -21,6 +21,7 @@ from qlora_tune.model import Device, Precision, Quantization
 from qlora_tune.recipe import read_versions
 from qlora_tune.runs import Run
 
+SLEPT_S = 10  # that much sleep counts: clocks that are set while a run trains are off by less
 START = "start"  # folder of a run: while it trains, what its adapter's initialisation took out of the base
 # What is kept of what a trainer logs; those with rewards come from preference training, the last from reward models.
 MEASURED = (
@@ -60,15 +61,17 @@ def failures_recorded(run: Run, config: TrainConfig, device: Device) -> Iterator
     """Leave in the run's state why training ended early.
 
     Raises MemoryLimitError when memory ran out, and RunError when the disk is full, where a half-written checkpoint is
-    removed to make room for the state, or when a checkpoint is a pickle of more than tensors.
+    removed to make room for the state, when a checkpoint is a pickle of more than tensors, or when a GPU did not
+    outlast a sleep of the computer.
     """
+    awake_from = asleep_s()
     try:
         yield
     except KeyboardInterrupt:
         run.update_state(status="stopped")
         raise
     except BaseException as error:
-        words = _in_words(error, run)
+        words = _in_words(error, run, asleep_s() - awake_from)
         with suppress(OSError):  # on a full disk; a process that is gone then says as much
             run.update_state(status="failed", reason=words or (str(error) or type(error).__name__)[:500])
         if words:
@@ -78,7 +81,7 @@ def failures_recorded(run: Run, config: TrainConfig, device: Device) -> Iterator
         raise
 
 
-def _in_words(error: BaseException, run: Run) -> str:
+def _in_words(error: BaseException, run: Run, slept_s: float) -> str:
     """What libraries report in words of their own, or under none; empty for all other failures."""
     if isinstance(error, UnpicklingError):
         return (
@@ -87,13 +90,24 @@ def _in_words(error: BaseException, run: Run) -> str:
         )
     if isinstance(error, TuneError) or not isinstance(error, Exception):
         return ""
-    if not disk.is_full(error) and not disk.takes_nothing(run.path):
+    on_gpu = "CUDA" in str(error) and type(error).__name__ != "OutOfMemoryError"
+    if disk.is_full(error) or disk.takes_nothing(run.path):
+        what, first = "the disk is full", "Free some space, then go"
+    elif on_gpu and slept_s > SLEPT_S:
+        what, first = "the computer slept, and the GPU lost what it held", "Go"
+    else:
         return ""
     kept = runs.step_of(next(reversed(runs.keep_whole_checkpoints(run)), None))
     return (
-        f"{run.path}: the disk is full, so training was stopped. It is saved up to step {kept}. Free some space, then "
-        f"go on with: {run.resume_command()}"
+        f"{run.path}: {what}, so training was stopped. It is saved up to step {kept}. {first} on with: "
+        f"{run.resume_command()}"
     )
+
+
+def asleep_s() -> float:
+    """A clock that goes on only while the computer sleeps [s]; what it shows means nothing, differences do."""
+    whole = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()
+    return whole - time.monotonic()  # which stands still meanwhile
 
 
 def _versions_with(earlier: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -183,11 +197,16 @@ def recorder(
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             _require_room(run, args, model)
             self.begin, self.first_step = time.perf_counter(), state.global_step
+            self.asleep_s, self.slept_s = asleep_s(), 0.0
             if state.best_model_checkpoint:  # kept as a path, which is wrong once the run's folder was moved
                 state.best_model_checkpoint = str(run.checkpoints / Path(state.best_model_checkpoint).name)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             stop.asked = processes.any_of(stop.asked, args.device)  # all end after the same step
+            before, self.asleep_s = self.asleep_s, asleep_s()
+            self.slept_s = self.asleep_s - before
+            # A battery that was empty once may be so again.
+            control.should_save |= processes.any_of(self.slept_s > SLEPT_S, args.device)
             if stop.asked:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and has_heldout:
@@ -221,6 +240,8 @@ def recorder(
             done = state.global_step - self.first_step
             if "num_tokens" in logs and "loss" in known:
                 known["tokens_per_s"] = logs["num_tokens"] / elapsed
+            if self.slept_s > SLEPT_S:
+                known["slept_s"], self.slept_s = round(self.slept_s), 0.0
             return {
                 "step": state.global_step,
                 "total_steps": state.max_steps,

@@ -95,6 +95,7 @@ ORDER = [
     "reward",
     "terminal",
     "terminal_report",
+    "terminal_progress",
     "flags",
     "plan",
     "doctor",

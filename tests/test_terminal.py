@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tune.terminal import TrainProgress
+from qlora_tune.terminal_progress import TrainProgress
 
 
 def test_each_held_out_loss_is_printed_once_where_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
