@@ -36,6 +36,7 @@ SHORT_ROWS = 256
 # A CPU's batches are padded to a multiple of this [tokens]: oneDNN compiles and keeps kernels for every new length,
 # 0.5 GB more after 30 steps without rounding up.
 PAD_TO = 16
+AS_TOKENS = 22  # bytes of memory for each of a data file's: short rows as text, as sketches of copies and as tokens
 LARGEST_TEXT = 1 << 20  # of plain text [bytes]: more takes long and says no more
 
 
@@ -158,6 +159,7 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
     """Read, split and tokenize the rows. Raises DataError when nothing is left to train on."""
     training, held_out = training_files(config), heldout_files(config)
     _refuse_twice([*training, *held_out])
+    rows.require_memory([*training, *held_out], AS_TOKENS * processes.count())
     labels = rows.label_files([*training, *held_out])
     examples, report = load_files(config, training, labels)
     candidates: list[Example] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from qlora_tune.chat import (
     split_example,
     unpack_adapter,
 )
-from qlora_tune.errors import ModelError
+from qlora_tune.errors import ModelError, TuneError
 from qlora_tune.export import KL_LIMIT, export_adapter, merge_adapter, open_adapter
 from qlora_tune.generate import generate_answers
 from qlora_tune.launch import uploads_folder
@@ -270,6 +271,45 @@ def test_files_that_no_export_writes_are_not_taken(zipped: Path, tmp_path: Path)
     assert not {"evil.py", "pytorch_model.bin", ".env", "training_args.bin"} & {p.name for p in adapter.iterdir()}
     assert not [path for path in adapter.iterdir() if path.is_symlink()]
     assert not (tmp_path / "evil.sh").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "qlora_tune.json", "mine"])
+def test_links_in_a_zip_are_never_followed(name: str, zipped: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / name).write_text("secret")
+    packed = repack(zipped, tmp_path / "links.zip", lambda old: old, {name: None})
+    with zipfile.ZipFile(packed, "a") as archive:
+        link = zipfile.ZipInfo("mine" if name == "mine" else f"mine/{name}")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(outside if name == "mine" else outside / name))
+    before = everything(outside)
+    try:
+        adapter = unpack_adapter(packed, uploads(tmp_path))
+        assert name == "mine"
+        assert not [path for path in adapter.rglob("*") if path.is_symlink() or path.read_bytes() == b"secret"]
+    except TuneError:
+        assert name != "mine"
+        assert list(uploads(tmp_path).iterdir()) == []
+    assert everything(outside) == before
+    assert (outside / name).read_text() == "secret"
+
+
+def test_of_a_crowded_zip_only_what_an_export_writes_is_unpacked(zipped: Path, tmp_path: Path) -> None:
+    packed = repack(zipped, tmp_path / "crowd.zip", lambda name: name, {})
+    with zipfile.ZipFile(packed) as archive:
+        config = archive.read("mine/adapter_config.json")
+    nested = packed.read_bytes()
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(packed, "a") as archive:
+        for number in range(20_000):
+            archive.writestr(f"mine/{number}/{number}.txt", "")
+        for _ in range(500):
+            archive.writestr("mine/adapter_config.json", config)
+        archive.writestr("mine/nested.zip", nested)
+    adapter = unpack_adapter(packed, uploads(tmp_path))
+    with zipfile.ZipFile(zipped) as archive:
+        assert {path.name for path in adapter.iterdir()} <= {Path(name).name for name in archive.namelist()}
+    assert len(everything(uploads(tmp_path))) < 20
 
 
 def write_zip(path: Path, **files: bytes) -> Path:

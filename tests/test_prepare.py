@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import settings
 
+from qlora_tune.cli import main
 from qlora_tune.prepare import count_tokens, prepare_data
 
 
@@ -103,3 +104,19 @@ def test_a_held_out_file_of_held_out_tasks_alone_leaves_no_held_out_rows(builtin
     files = {"data": str(tmp_path / "d.jsonl"), "heldout_data": str(tmp_path / "h.jsonl")}
     data = prepare_data(settings(**files, holdout_tasks="b"), builtin[2])
     assert (len(data.train), data.heldout_examples, len(data.unseen_examples)) == (1, [], 1)
+
+
+@pytest.mark.parametrize("command", [["train"], ["preview"], ["select", "--rows", "9", "--output", "chosen.jsonl"]])
+def test_more_rows_than_memory_holds_are_refused_before_they_are_read(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Path("rows.jsonl").open("wb") as file:
+        file.truncate(1 << 42)  # takes no room on the disk
+    name, *rest = command
+    assert main([name, "rows.jsonl", *rest]) == 2
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert "rows.jsonl: 4,398.0 GB of rows take about" in said
+    assert "GB are free. Take a part of them" in said
+    assert "part.jsonl" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

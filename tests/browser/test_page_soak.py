@@ -15,7 +15,7 @@ from qlora_tune.runs import Run, list_runs
 
 pytestmark = [
     pytest.mark.reliability,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(7200),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (.ci/run installs it)"),
 ]
 
@@ -96,8 +96,8 @@ def test_fifty_runs_in_one_server_leave_no_memory_handles_or_files_behind(
     server = psutil.Process(page._server.pid)
     measured = []
     for number in range(RUNS):
-        run = start_run(page, tab, num_train_epochs="0.01", per_device_train_batch_size="8", score_rows="0")
-        end = time.monotonic() + 300
+        run = start_run(page, tab, num_train_epochs="0.003", per_device_train_batch_size="8", score_rows="0")
+        end = time.monotonic() + 900
         while run.is_alive():
             assert time.monotonic() < end, run.read_state()
             time.sleep(0.2)
