@@ -3,9 +3,9 @@
     python benchmarks/memory.py
 
 24 combinations of shape, length of the longest row, rows of a micro-batch, rank and activation checkpointing, each
-trained for four steps of four micro-batches in fresh processes, on rows whose lengths are drawn anew for each. Half of the
-rows have full length. The libraries' constant is the peak of a base of next to nothing. Prints markdown: medians over the
-draws, and last the estimate against the measured peak, the constant taken off both, with the lowest and the highest.
+trained for four steps of four micro-batches in fresh processes, on rows whose lengths are drawn anew for each. Half of
+the rows have full length. The libraries' constant is the peak of a base of next to nothing. Prints markdown: medians
+over the draws, and last the estimate against the measured peak, the constant taken off both, with lowest and highest.
 """
 
 from __future__ import annotations
