@@ -24,7 +24,8 @@ from qlora_tune.quality import DEFECTS, ends_in_prose, find_defects, last_words
 from qlora_tune.shapes import FIELDS, NO_TASK, Example, Row, parse_source
 
 LISTED = 1000  # findings of one kind that are kept with their line; beyond it only counted
-NEAR_ROWS = 100_000  # rows up to which near duplicates are searched unasked: about 3 kB each
+# What near duplicates may take unasked: some 100,000 rows of Alpaca's length. A file of any size is examined in 500 MB.
+NEAR_BYTES = 300_000_000
 _READ_KEYS = {
     *FIELDS,
     "category",
@@ -140,18 +141,18 @@ def check_files(
     """Examine files, and whether the rows of `heldout` files also stand in them.
 
     `measure` counts an example's tokens, for a base's max_length; without it lengths are in characters. `near` says
-    whether near duplicates are searched; None: up to 100,000 rows. A file that can't be read is reported, the others
-    go on. Raises DataError where held-out rows can't be read.
+    whether near duplicates are searched; None: up to some 100,000 rows. A file that can't be read is reported, the
+    others go on. Raises DataError where held-out rows can't be read.
     """
     check = _Check(CheckReport(), columns, encoding, measure, max_length)
     check.watch_heldout(heldout)
-    finder = DuplicateFinder(near=near is not False, limit=None if near else NEAR_ROWS)
+    finder = DuplicateFinder(near=near is not False, limit=None if near else NEAR_BYTES)
     for path in dict.fromkeys(paths):
         for example in check.read(path):
             finder.add(example)
             on_row()
     check.finish(finder.find(), heldout_share)
-    if near is None and len(finder) > NEAR_ROWS:
+    if finder.gave_up:
         check.report.notes.append(f"near duplicates were not searched: {len(finder):,} rows; --near-duplicates does")
     return check.report
 

@@ -37,7 +37,7 @@ def check(
         bool, Parameter(help="Count tokens with the base's tokenizer, and what max_length cuts.")
     ] = False,
     near_duplicates: Annotated[
-        bool | None, Parameter(help="Search near duplicates; by itself up to 100,000 rows.", show_default=False)
+        bool | None, Parameter(help="Search near duplicates; by itself up to some 100,000 rows.", show_default=False)
     ] = None,
     json_report: Annotated[Path | None, Parameter(name="--json", help="Write the report as JSON.")] = None,
     html_report: Annotated[Path | None, Parameter(name="--html", help="Write the report as a page.")] = None,

@@ -31,6 +31,7 @@ _PASSAGE = 10  # shared shingles from which a passage counts as the same
 _FEW = 12  # rows that may share a shingle which still tells two of them apart from all others
 _COMMON = 200  # a shingle in more training rows than this is no longer compared: an instruction used over and over
 _CANDIDATES = 20
+_ARRAY_BYTES = 112  # of an array besides its numbers
 _PERMUTATIONS, _BANDS = 64, 16  # a pair at 0.8 becomes a candidate with a probability of 0.9998
 
 
@@ -112,8 +113,9 @@ class DuplicateFinder:
 
     def __init__(self, near: bool, limit: int | None = None) -> None:
         self._exact, self._loose, self._prompt = array("Q"), array("Q"), array("Q")
-        self._near, self._limit = near, limit  # beyond so many rows near copies are given up
+        self._near, self._limit = near, limit  # beyond so many bytes of sketches near copies are given up
         self._sketches: list[Sketch] = []
+        self._held = 0
 
     def __len__(self) -> int:
         return len(self._exact)
@@ -124,10 +126,16 @@ class DuplicateFinder:
         turns = _plain_turns(example)
         self._loose.append(_digest("\n".join(turns)))
         self._prompt.append(_digest("\n".join(turns[:-1])))
-        if self._near and self._limit is not None and len(self) > self._limit:
-            self._near, self._sketches = False, []
         if self._near:
             self._sketches.append(sketch(example))
+            self._held += sum(part.nbytes + _ARRAY_BYTES for part in self._sketches[-1])
+            if self.gave_up:
+                self._near, self._sketches = False, []
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether near copies are not searched because sketches took more than their limit."""
+        return self._limit is not None and self._held > self._limit
 
     def find(self) -> Copies:
         """Search all rows. The first of a group is the original; each row is named under the closest kind only."""

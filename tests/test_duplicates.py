@@ -106,11 +106,13 @@ def test_copies_of_copies_form_one_group() -> None:
     assert [rows for rows, _ in copies.groups()] == [[0, 2, 3, 4], [1, 5]]
 
 
-def test_near_copies_are_given_up_beyond_the_limit() -> None:
-    finder = DuplicateFinder(near=True, limit=2)
+@pytest.mark.parametrize(("limit", "found"), [(1000, 0), (100_000, 1), (None, 1)])
+def test_near_copies_are_given_up_where_they_take_too_much_memory(limit: int | None, found: int) -> None:
+    finder = DuplicateFinder(near=True, limit=limit)
     for text in (STORY, STORY.replace("northern", "southern"), OTHER):
         finder.add(make_example("Q", text))
-    assert not finder.find().near
+    assert finder.gave_up is not bool(found)
+    assert len(finder.find().near) == found
 
 
 def test_of_a_group_the_row_with_the_fewest_defects_is_kept(tmp_path: Path) -> None:
