@@ -110,9 +110,9 @@ def measure(folder: Path, length: int, rows: int, rank: int, checkpointing: bool
     with tempfile.TemporaryDirectory() as scratch:
         train_ours("ours", folder, data, STEPS, Path(scratch), flags)
         state = json.loads(next(Path(scratch).glob("*/state.json")).read_text())
-    from qlora_tune.memory import CPU_LIBRARIES
+    from qlora_tune.memory import cpu_libraries
 
-    return {"measured": state["peak_bytes"], "constant": CPU_LIBRARIES, "parts": state["estimated_parts"]}
+    return {"measured": state["peak_bytes"], "constant": cpu_libraries(), "parts": state["estimated_parts"]}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TRL_HEAD_TOKENS, TRL_HEAD_WORDS = 4096, 32768  # TRL's fused head goes over tile
 
 # Measured, or fitted to the peaks that estimate_memory names [bytes].
 CPU_LIBRARIES = 630_000_000  # torch, transformers, peft, trl, bitsandbytes, datasets: a base of next to nothing
+CUDA_BUILD = 360_000_000  # what libraries of a GPU take besides where torch's build for one runs on a CPU
 # On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
 # some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
 # by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
@@ -138,8 +139,15 @@ def estimate_memory(
         parts |= _fast_bytes(shape, config, fit, lengths, learned_share, unit, on_cpu)
     else:
         parts |= _plain_bytes(shape, config, fit, max(lengths) + virtual_tokens_of(config), learned_share, unit, on_cpu)
-    parts["libraries"] = CPU_LIBRARIES if on_cpu else CUDA_LIBRARIES
+    parts["libraries"] = cpu_libraries() if on_cpu else CUDA_LIBRARIES
     return MemoryEstimate(parts)
+
+
+def cpu_libraries() -> int:
+    """Bytes that the libraries take on a CPU before anything is loaded."""
+    import torch
+
+    return CPU_LIBRARIES + (CUDA_BUILD if torch.version.cuda else 0)
 
 
 def _fast_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -83,6 +84,15 @@ def serve(tmp_path: Path) -> Iterator[Callable[[int], Page]]:
         for run in list_runs(page.runs_dir):
             if run.is_alive() and run.read_state()["pid"] != os.getpid():
                 os.kill(run.read_state()["pid"], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def empty_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page whose folder has no run, for tests that start none."""
+    page = Page(tmp_path_factory.mktemp("empty") / "runs", 7933)
+    page.start()
+    yield page
+    page.kill()
 
 
 @pytest.fixture(scope="module")
@@ -419,9 +429,8 @@ def test_injected_scripts_run_nowhere(
     tab.close()
 
 
-def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callable[[int], Page], tab: Any) -> None:
-    page = serve(7933)
-    tab.goto(page.url)
+def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(empty_page: Page, tab: Any) -> None:
+    tab.goto(empty_page.url)
     button(tab, "Use the built-in example").click()
     button(tab, "Train on this data").wait_for()
     counted = {}
@@ -442,28 +451,25 @@ def test_at_most_thirty_controls_are_in_sight_and_each_has_a_name(serve: Callabl
     assert len((ROOT / "app.py").read_text().splitlines()) <= 600
 
 
-@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.reliability), 800])
-def test_nothing_is_wider_than_the_window(serve: Callable[[int], Page], tab: Any, width: int) -> None:
-    page = serve(7934)
-    tab.set_viewport_size({"width": width, "height": 900})
-    tab.goto(page.url)
+def test_nothing_is_wider_than_the_window(empty_page: Page, tab: Any) -> None:
+    tab.goto(empty_page.url)
     button(tab, "Use the built-in example").click()
     button(tab, "Train on this data").wait_for()
-    for name in TABS:
+    for name, width in itertools.product(TABS, (1280, 800)):
+        tab.set_viewport_size({"width": width, "height": 900})
         tab.get_by_role("tab", name=name, exact=True).click()
         time.sleep(0.5)
-        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, (name, width)
         clipped = tab.evaluate(
             "[...document.querySelectorAll('button:not(.label-wrap), label > span')]"
             ".filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)"
             ".filter(e => getComputedStyle(e).display != 'inline').map(e => e.innerText)"
         )
-        assert not clipped, name
+        assert not clipped, (name, width)
 
 
-def test_problems_are_said_in_place_and_in_words(serve: Callable[[int], Page], tab: Any, tmp_path: Path) -> None:
-    page = serve(7935)
-    tab.goto(page.url)
+def test_problems_are_said_in_place_and_in_words(empty_page: Page, tab: Any, tmp_path: Path) -> None:
+    tab.goto(empty_page.url)
     picked = tab.get_by_label("Data: file, folder or hub dataset")
     picked.fill(str(tmp_path / "nowhere.jsonl"))
     picked.press("Enter")
@@ -483,8 +489,8 @@ def test_problems_are_said_in_place_and_in_words(serve: Callable[[int], Page], t
     tab.get_by_text("No runs yet").wait_for()
 
 
-def test_other_hosts_origins_and_files_are_refused(serve: Callable[[int], Page]) -> None:
-    page = serve(7936)
+def test_other_hosts_origins_and_files_are_refused(empty_page: Page) -> None:
+    page = empty_page
     assert httpx.get(page.url, headers={"Host": "evil.example"}).status_code == 421
     join = f"{page.url}/gradio_api/queue/join"
     assert httpx.post(join, json={}, headers={"Origin": "http://evil.example"}).status_code == 403
