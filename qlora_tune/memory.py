@@ -32,7 +32,7 @@ CUDA_BUILD = 360_000_000  # what libraries of a GPU take besides where torch's b
 # On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
 # some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
 # by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
-PASSING, HOLES, UNKEPT = 6.4, 1.3, 10
+PASSING, HOLES, UNKEPT = 6.4, 1.6, 6.7
 # oneDNN's kernels for each length of a micro-batch beyond those of a short run. About 40 go with a length, and oneDNN
 # keeps 1,024 of them.
 SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 24_000_000, 8, 25

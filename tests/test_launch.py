@@ -179,20 +179,20 @@ def test_a_launched_run_finishes_and_frees_the_device(tmp_path: Path) -> None:
 
 @pytest.mark.reliability  # test_train and the journey in the browser stop and resume a run too
 def test_a_stopped_run_is_saved_whole_and_goes_on_to_its_end(tmp_path: Path) -> None:
-    run = launch_run(short(tmp_path, max_steps="60", eval_steps="1000"), "cpu")
+    run = launch_run(short(tmp_path, max_steps="30", eval_steps="1000"), "cpu")
     wait_for_step(run, 2)
     request_stop(run)
     assert wait_for_end(run)["status"] == "stopped"
     (checkpoint,) = keep_whole_checkpoints(run)
     reached = step_of(checkpoint)
-    assert 2 <= reached < 60
+    assert 2 <= reached < 30
     assert not run.has_adapter
     assert is_free()
     launch_resume(run, "cpu")
     assert not is_free()
     state = wait_for_end(run)
-    assert (state["status"], state["steps"]) == ("finished", 60)
-    assert [entry["step"] for entry in run.read_metrics()] == list(range(1, 61))
+    assert (state["status"], state["steps"]) == ("finished", 30)
+    assert [entry["step"] for entry in run.read_metrics()] == list(range(1, 31))
     assert run.has_adapter
 
 
