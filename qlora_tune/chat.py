@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import math
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_tune import disk
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import UPLOADS
 from qlora_tune.errors import ConfigError, ModelError
@@ -223,6 +226,7 @@ def unpack_adapter(packed: Path, folder: Path) -> Path:
                 )
             if sum(entry.file_size for entry in chosen.values()) > MAX_ADAPTER_BYTES:
                 raise ModelError(f"{packed.name}: is larger than {MAX_ADAPTER_BYTES >> 30} GiB unpacked, so it is not.")
+            disk.require_room(folder, sum(entry.file_size for entry in chosen.values()), "its files")
             target = Path(tempfile.mkdtemp(prefix=f"{packed.stem[:40]}-", dir=folder))
             try:
                 for name, entry in chosen.items():
@@ -232,6 +236,6 @@ def unpack_adapter(packed: Path, folder: Path) -> Path:
             except BaseException:
                 shutil.rmtree(target, ignore_errors=True)
                 raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
         raise ModelError(f"{packed.name}: no zip that can be read ({error}).") from None
     return target

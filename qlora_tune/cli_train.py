@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -216,7 +217,8 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
     try:
         return _fit_and_score(run, config, setup, resume, choose)
     finally:
-        run.update_state(pid=None)
+        with suppress(OSError):  # on a full disk: what is being told of it matters more
+            run.update_state(pid=None)
 
 
 def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:

@@ -123,6 +123,7 @@ def _read_json(container: Container, columns: Iterable[str]) -> Iterator[Row | D
 
 def _is_json_lines(container: Container) -> bool:
     """Whether the first line is a whole value and more follow (or it is an object)."""
+    first = ""
     with container.open_text(errors="replace") as file:
         try:
             first = next((line.strip() for line in iter(lambda: file.readline(1 << 20), "") if line.strip()), "")

@@ -10,12 +10,12 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_tune.containers import SUFFIXES, list_files, read_rows
 from qlora_tune.duplicates import find_near, find_related, join_pairs, sketch
-from qlora_tune.errors import ConfigError, DataError, join_problems
+from qlora_tune.errors import ConfigError, DataError, MemoryLimitError, join_problems
 from qlora_tune.hub import fetch_dataset, is_dataset_id
 from qlora_tune.shape_readers import ShapeError
 from qlora_tune.shapes import (
@@ -125,18 +125,18 @@ def label_files(paths: Sequence[str | Path]) -> dict[str, str]:
 
 
 def require_memory(paths: Sequence[str | Path], per_byte: float) -> None:
-    """Raise DataError where the rows of files would take more memory than is free, `per_byte` for each byte of them."""
+    """Raise MemoryLimitError where rows take more memory than is free, `per_byte` for each byte of their files."""
     import psutil
 
     files = [Path(path) for path in paths if Path(path).is_file()]
-    size = sum(file.stat().st_size * (PACKED if file.suffix in (".gz", ".parquet") else 1) for file in files)
+    size = sum(file.stat().st_size * (PACKED if file.suffix.lower() in (".gz", ".parquet") else 1) for file in files)
     free = psutil.virtual_memory().available
     if size * per_byte > free:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        raise DataError(
+        raise MemoryLimitError(
             f"{paths[0]}{more}: {size / 1e9:,.1f} GB of rows take about {size * per_byte / 1e9:,.0f} GB of "
-            f"memory here, and {free / 1e9:,.1f} GB are free. Take a part of them, for example: "
-            f"shuf -n 50000 {paths[0]} > part.jsonl. All of them can be looked at with: python -m qlora_tune check"
+            f"memory here, and {free / 1e9:,.1f} GB are free. Take a part of them; of JSON Lines for example: "
+            f"shuf -n 50000 ROWS.jsonl > part.jsonl. All of them can be looked at with: python -m qlora_tune check"
         )
 
 
@@ -146,7 +146,8 @@ def load_examples(
     columns: Mapping[str, str] | None = None,
     encoding: str = "auto",
 ) -> tuple[list[Example], DataReport]:
-    """Read files into examples and a report. Raises DataError when no row at all can be used, or they can't be held.
+    """Read files into examples and a report. Raises DataError when no row at all can be used, and
+    MemoryLimitError when they can't be held.
 
     `labels` gives the names that sources carry, where more files than these must be told apart; `columns` says which
     column is which field, where a file has names of its own.
@@ -183,7 +184,7 @@ def convert_rows(
         report.rows_in += counts
         report.rows_by_file[str(path)] += counts
         if isinstance(row, DataProblem):
-            report.problems.append(row)
+            report.problems.append(row if keep else replace(row, original=None))
             continue
         original = row
         try:

@@ -67,7 +67,9 @@ class Container:
             return
         named = _known(wanted)
         # A mark is no text; and UTF-8 that was asked for is no guess that another encoding may replace.
-        self.encoding = marked if marked.startswith(named[:6]) else {"utf-8": "utf-8-sig"}.get(named, named)
+        # Without a mark UTF-16 and UTF-32 are little-endian, as Windows and most machines write them.
+        unmarked = {"utf-8": "utf-8-sig", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+        self.encoding = marked if marked.startswith(named[:6]) else unmarked.get(named, named)
 
 
 def settle_encoding(container: Container) -> None:

@@ -19,7 +19,7 @@ from threading import Thread
 
 from qlora_tune.config import UPLOADS, TrainConfig
 from qlora_tune.errors import ConfigError, RunError
-from qlora_tune.runs import Run, list_runs, new_run
+from qlora_tune.runs import Run, new_run
 
 LOCK_VARIABLE = "QLORA_TUNE_LOCK"  # in a launched process: the number of the locked file that it was handed
 OUTPUT_FILE = "output.txt"  # in a run's folder: what its process printed
@@ -134,12 +134,12 @@ def delete_run(run: Run) -> None:
     """Delete a run's folder, and uploaded files that no other run was trained on. Raises RunError while it runs."""
     _refuse_alive(run, "deleted")
     runs_dir = run.path.parent
-    own = _uploads_of(run)
+    folder = (runs_dir / UPLOADS).resolve()
+    own = {path for path in map(Path.resolve, _read_data_paths(run) or []) if path.parent == folder}
     doomed = Path(tempfile.mkdtemp(prefix=".deleted-", dir=runs_dir))
     run.path.rename(doomed / run.name)  # whole or not at all: a list of runs never meets half of one
     shutil.rmtree(doomed, ignore_errors=True)
-    kept = {path for other in list_runs(runs_dir) for path in _uploads_of(other)}
-    for path in own - kept:
+    for path in _without_used(own, runs_dir):
         path.unlink(missing_ok=True)
 
 
@@ -180,9 +180,8 @@ def uploads_folder(runs_dir: str | Path) -> Path:
 def remove_old_uploads(runs_dir: str | Path, older_than_s: float = 86_400) -> None:
     """Delete uploads that no run was trained on and that are older than a day."""
     folder = Path(runs_dir) / UPLOADS
-    kept = {path for run in list_runs(runs_dir) for path in _uploads_of(run)}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.resolve() not in kept and time.time() - path.stat().st_mtime > older_than_s:
+    for path in _without_used(set(folder.iterdir()) if folder.is_dir() else set(), runs_dir):
+        if time.time() - path.stat().st_mtime > older_than_s:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -202,14 +201,27 @@ def _spawn(run: Run, lock: DeviceLock, arguments: list[str]) -> None:
     Thread(target=process.wait, daemon=True).start()  # else it stayed a zombie while this process lives
 
 
-def _uploads_of(run: Run) -> set[Path]:
-    folder = (run.path.parent / UPLOADS).resolve()
+def _read_data_paths(run: Run) -> list[Path] | None:
+    """The files that a run was trained on; None where its settings can't be read."""
     try:
         config = run.read_config()
     except (ConfigError, RunError):
-        return set()
-    files = (Path(file).resolve() for file in (*config.data, *config.heldout_data, *config.preference_data))
-    return {file for file in files if file.parent == folder}
+        return None
+    return [Path(file) for file in (*config.data, *config.heldout_data, *config.preference_data)]
+
+
+def _without_used(uploads: set[Path], runs_dir: str | Path) -> set[Path]:
+    """Those uploads that no run was trained on. None where that can't be told of a run: it may be the only copy.
+
+    Known by name: runs name the folder of runs as it was called then.
+    """
+    used: set[str] = set()
+    for config in Path(runs_dir).glob("*/config.toml"):  # a run, though its state may be damaged
+        paths = _read_data_paths(Run(config.parent)) if config.parent.name != UPLOADS else []
+        if paths is None:
+            return set()
+        used |= {path.name for path in paths if path.parent.name == UPLOADS}
+    return {path for path in uploads if path.name not in used}
 
 
 def _refuse_alive(run: Run, what: str) -> None:

@@ -94,7 +94,7 @@ def _in_words(error: BaseException, run: Run, slept_s: float) -> str:
     if disk.is_full(error) or disk.takes_nothing(run.path):
         what, first = "the disk is full", "Free some space, then go"
     elif on_gpu and slept_s > SLEPT_S:
-        what, first = "the computer slept, and the GPU lost what it held", "Go"
+        what, first = f"the computer slept, and then the GPU failed ({str(error)[:200]})", "Go"
     else:
         return ""
     kept = runs.step_of(next(reversed(runs.keep_whole_checkpoints(run)), None))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.containers import read_rows
-from qlora_tune.data import DataReport, find_data, label_files, split_heldout
+from qlora_tune.data import AS_EXAMPLES, DataReport, find_data, label_files, require_memory, split_heldout
 from qlora_tune.errors import DataError, TemplateError, join_problems
 from qlora_tune.row_files import to_turn, write_rows
 from qlora_tune.shapes import NO_TASK, DataProblem, Example, Row, reject_example, to_examples
@@ -88,9 +88,10 @@ class TokenizedPair:
 def read_pairs(paths: Sequence[str | Path]) -> tuple[list[PreferencePair], DataReport]:
     """Read preference files, votes files and folders of them: the pairs, and what became of every row.
 
-    Raises DataError when no row at all gives a pair.
+    Raises DataError when no row at all gives a pair, and MemoryLimitError when they can't be held.
     """
     files = find_data(paths)
+    require_memory(files, AS_EXAMPLES)
     labels = label_files(files)
     pairs: list[PreferencePair] = []
     report = DataReport()

@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ from qlora_tune.errors import RunError
 from qlora_tune.shapes import DataProblem, Example
 
 MANIFEST = "manifest.json"
+_STEP = re.compile(r"checkpoint-\d+")
 UNDER_WAY = ("preparing", "running")
 HELDOUT, UNSEEN = "heldout", "unseen"  # rows to score: of tasks that are trained on, and of others
 
@@ -136,13 +138,7 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        entries = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed process
-                entries.append(json.loads(line))
+        entries = _read_lines(self.path / "metrics.jsonl")
         return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
     def rewind_metrics(self, step: int) -> None:
@@ -172,7 +168,7 @@ class Run:
             return [
                 Example(tuple(row["messages"]), row["task"], row["source"], tuple(row.get("tools", ()))) for row in rows
             ]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever an edit can leave
             raise RunError(f"{path}: can't be read ({error}).") from None
 
     def write_problems(self, problems: Iterable[DataProblem]) -> None:
@@ -181,9 +177,7 @@ class Run:
 
     def read_problems(self) -> list[dict[str, Any]]:
         """The rejected and changed rows that write_problems kept; none where it kept none."""
-        path = self.path / "problems.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return [entry for entry in _read_lines(self.path / "problems.jsonl") if isinstance(entry, dict)]
 
 
 def new_run(config: TrainConfig) -> Run:
@@ -287,7 +281,8 @@ def keep_whole_checkpoints(run: Run) -> list[Path]:
     Returns the whole ones, oldest first. Every file is read once.
     """
     whole = []
-    for folder in sorted(run.checkpoints.glob("checkpoint-*"), key=step_of):
+    folders = [folder for folder in run.checkpoints.glob("checkpoint-*") if _STEP.fullmatch(folder.name)]
+    for folder in sorted(filter(Path.is_dir, folders), key=step_of):
         if _is_whole(folder):
             whole.append(folder)
         else:
@@ -323,7 +318,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a run. Raises RunError when it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: can't be read ({error}).") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: holds no JSON object. The file is damaged.")
@@ -339,6 +334,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines, but for what is none: the last line of a killed process."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _to_json_line(record: Example | DataProblem) -> str:
@@ -371,5 +375,5 @@ def _is_alive(state: dict[str, Any]) -> bool:
         return bool(
             process.create_time() <= (state.get("started") or 0) + 1 and process.status() != psutil.STATUS_ZOMBIE
         )
-    except psutil.Error:
+    except (psutil.Error, ValueError):  # a number that no process has
         return False

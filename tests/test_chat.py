@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
 import stat
 import warnings
@@ -360,6 +362,17 @@ def damage(packed: Path, target: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json"])
 def test_a_damaged_file_in_a_zip_is_refused(name: str, zipped: Path, tmp_path: Path) -> None:
     refused(damage(zipped, tmp_path / "a.zip", name), tmp_path, "a.zip: ")
+
+
+def test_no_flipped_bit_of_a_zip_ends_in_a_traceback(zipped: Path, tmp_path: Path) -> None:
+    whole, draw = zipped.read_bytes(), random.Random(0)
+    names = [whole.find(name) for name in (b"qlora_tune.json", b"adapter_config.json")]
+    for place in [*names, *(draw.randrange(len(whole)) for _ in range(60))]:
+        content = bytearray(whole)
+        content[place] ^= 1 << draw.randrange(8)
+        (tmp_path / "a.zip").write_bytes(content)
+        with contextlib.suppress(TuneError):  # or it is whole: the bit is of a file's date, or of one that isn't taken
+            unpack_adapter(tmp_path / "a.zip", uploads(tmp_path))
 
 
 def test_a_zip_with_a_password_is_refused(zipped: Path, tmp_path: Path) -> None:

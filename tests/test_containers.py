@@ -164,6 +164,14 @@ def test_every_text_container_is_read_in_every_unicode_encoding(
     assert cells(rows) == [(line, list(GOOD.values())) for line in range(first, first + 3)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize(("name", "content", "first"), [("a.jsonl", LINES, 1), ("a.csv", TABLE, 2)])
+def test_a_named_encoding_needs_no_mark(tmp_path: Path, name: str, content: str, first: int, encoding: str) -> None:
+    (tmp_path / name).write_bytes(content.encode(f"{encoding}-le"))
+    rows = list(read_rows(tmp_path / name, encoding=encoding))
+    assert cells(rows) == [(line, list(GOOD.values())) for line in range(first, first + 3)]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.txt"])
 def test_windows_text_is_read_as_such_and_the_guess_is_noted(tmp_path: Path, name: str) -> None:
     text = HEADER + "Say “hi”,hé – là\n" if name == "a.csv" else chatml("Say “hi”", "hé – là")

@@ -375,6 +375,19 @@ def test_old_uploads_that_no_run_needs_are_removed(tmp_path: Path) -> None:
     remove_old_uploads(tmp_path / "nowhere")  # no folder, nothing to do
 
 
+@pytest.mark.parametrize("damaged", ["config.toml", "state.json"])
+def test_no_upload_is_removed_while_a_run_is_damaged_that_may_need_it(damaged: str, tmp_path: Path) -> None:
+    old = upload(tmp_path, "old.jsonl")
+    run = ended(tmp_path / "runs", "one", old)
+    (run.path / damaged).write_text("{damaged")
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    old = moved / "uploads" / "old.jsonl"
+    os.utime(old, (0, time.time() - 90_000))
+    remove_old_uploads(moved)
+    delete_run(ended(moved, "two", old))
+    assert old.exists()
+
+
 def test_a_lock_names_its_holder_and_is_free_when_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_NAME_WAIT_S", 0.1)
     run = ended(tmp_path, "one")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import settings
 
 from qlora_tune import export as exports
-from qlora_tune.errors import ExportError
+from qlora_tune.errors import ExportError, MemoryLimitError
 from qlora_tune.export import export_adapter, export_gguf, merge_adapter, open_adapter
 from qlora_tune.leaks import Private, find_private, has_its_data, refuse_private
 from qlora_tune.prepare import prepare
@@ -194,3 +196,13 @@ def test_a_run_whose_data_files_are_gone_says_so(secretive: Run, tmp_path: Path)
         assert next(text for text in find_private(secretive, tmp_path).texts if CANARY in text).startswith("held out")
     finally:
         moved.rename(file)
+
+
+def test_rows_that_memory_does_not_hold_are_not_left_unsearched(
+    tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished[0]
+    assert has_its_data(run)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(MemoryLimitError, match="GB are free"):
+        find_private(run, tmp_path)

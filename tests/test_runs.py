@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,32 @@ def test_a_damaged_run_does_not_hide_the_others(run: Run, tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert "two" in out
     assert "three" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "read", "found"),
+    [
+        ("state.json", '{"status": "running", "pid": -5, "started": 1, "created": 1}', Run.is_alive, False),
+        ("state.json", '{"a":' * 20_000, Run.read_state, None),
+        ("heldout.jsonl", "[]\n", Run.read_heldout, None),
+        ("problems.jsonl", '{"file": "a"}\n\n{"fi', Run.read_problems, [{"file": "a"}]),
+        ("checkpoints/checkpoint-5", "a file", keep_whole_checkpoints, []),
+        ("checkpoints/checkpoint-10.bak/x", "a copy", keep_whole_checkpoints, []),
+    ],
+)
+def test_whatever_an_edit_leaves_in_a_run_is_passed_over_or_refused_in_words(
+    run: Run, file: str, content: str, read: Callable[[Run], Any], found: Any
+) -> None:
+    path = run.path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    if found is None:
+        with pytest.raises(RunError, match=path.name):
+            read(run)
+    else:
+        assert read(run) == found
+    assert path.read_text() == content
+    list_runs(run.path.parent)
 
 
 def test_a_run_keeps_its_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
