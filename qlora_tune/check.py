@@ -24,7 +24,7 @@ from qlora_tune.quality import DEFECTS, ends_in_prose, find_defects, last_words
 from qlora_tune.shapes import FIELDS, NO_TASK, Example, Row, parse_source
 
 LISTED = 1000  # findings of one kind that are kept with their line; beyond it only counted
-# What near duplicates may take unasked: some 100,000 rows of Alpaca's length. A file of any size is examined in 500 MB.
+# What near duplicates may take unasked: some 100,000 rows of Alpaca's length. A gigabyte is examined in 360 MB.
 NEAR_BYTES = 300_000_000
 _READ_KEYS = {
     *FIELDS,
