@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,8 +142,7 @@ def _fit_in(
     try:
         fit(config, run, setup, origin, resume)
     finally:
-        with suppress(OSError):  # on a full disk: what is being told of it matters more
-            run.update_state(pid=None)
+        run.forget_process()
 
 
 def with_progress(fit: Callable[..., Any], run: Run, resume: bool, *setup: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -217,8 +216,7 @@ def _fit(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choo
     try:
         return _fit_and_score(run, config, setup, resume, choose)
     finally:
-        with suppress(OSError):  # on a full disk: what is being told of it matters more
-            run.update_state(pid=None)
+        run.forget_process()
 
 
 def _fit_and_score(run: Run, config: TrainConfig, setup: Setup, resume: bool, choose: Choose) -> Run:

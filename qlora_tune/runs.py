@@ -133,6 +133,11 @@ class Run:
         state = read_json(path) if path.exists() else {}
         write_json(path, {**state, **changes, "updated": time.time()})
 
+    def forget_process(self) -> None:
+        """Note that no process trains or scores the run any more."""
+        with contextlib.suppress(OSError):  # on a full disk: what is being told of it matters more
+            self.update_state(pid=None)
+
     def add_metrics(self, entry: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
