@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
-@pytest.fixture(autouse=True)
-def _compare_exports_on_few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty prompts tell a broken export too; what fixtures of whole modules export is compared on all hundred."""
-    monkeypatch.setattr("qlora_tune.parity.ROWS", 20)
+@pytest.fixture(autouse=True, scope="session")
+def _compare_exports_on_few_prompts() -> Iterator[None]:
+    """Twenty prompts tell a broken export too; test_export.py compares its own on all hundred."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_tune.parity.ROWS", 20)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _spare_the_garbage_collector() -> None:
+    """What a module's test file begins with stays; a million objects of the libraries are not searched again.
+
+    Each training asks for several collections, which took a quarter of a short one.
+    """
+    if "trl" in sys.modules:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
@@ -62,7 +78,7 @@ def settings(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One short run on sample.jsonl, trained and scored: (run, config, result)."""
+    """One short run on sample.jsonl, trained and scored on some held-out rows: (run, config, result)."""
     from qlora_tune import evaluate
     from qlora_tune.comparison import write_comparison
     from qlora_tune.prepare import find_plain_text, prepare
@@ -70,7 +86,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from qlora_tune.train import train
 
     runs_dir = tmp_path_factory.mktemp("runs")
-    config = settings(runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50")
+    heldout = tmp_path_factory.mktemp("rows") / "sample_heldout.jsonl"
+    heldout.write_text("".join((ROOT / "sample_heldout.jsonl").read_text().splitlines(keepends=True)[::3]))
+    config = settings(
+        runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50", heldout_data=[str(heldout)]
+    )
     setup = prepare(config)
     run = new_run(config)
     result = train(config, run, setup)

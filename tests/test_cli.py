@@ -130,8 +130,16 @@ def test_the_wrong_base_for_an_adapter_exits_with_2(
         assert "was trained on builtin" in fail(capsys, command, str(finished[0].path), "--model-name-or-path", other)
 
 
+def few_rows(folder: Path) -> str:
+    """A file with some rows of the sample."""
+    path = folder / "few.jsonl"
+    path.write_text("".join(Path(SAMPLE).read_text().splitlines(keepends=True)[:60]))
+    return str(path)
+
+
 def test_a_training_run_is_quiet_complete_and_chats(tmp_path: Path) -> None:
-    done = run("train", SAMPLE, "--preset=builtin", "--max-steps=3", "--score-rows=4", "--run-name=a", cwd=tmp_path)
+    data = few_rows(tmp_path)
+    done = run("train", data, "--preset=builtin", "--max-steps=3", "--score-rows=4", "--run-name=a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Warning" not in done.stdout
     assert "exact match on held-out rows" in done.stdout
@@ -185,9 +193,8 @@ def test_learned_tokens_are_coloured_or_bracketed_and_others_are_not(
 
 
 def test_a_reader_that_goes_away_does_not_end_training(tmp_path: Path) -> None:
-    command = (
-        f"{sys.executable} -m qlora_tune train {SAMPLE} --preset builtin --max-steps 4 --score-rows 0 --run-name a"
-    )
+    options = "--preset builtin --max-steps 4 --score-rows 0 --run-name a"
+    command = f"{sys.executable} -m qlora_tune train {few_rows(tmp_path)} {options}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -1"],
         capture_output=True,
@@ -215,8 +222,7 @@ def test_control_characters_and_markup_in_data_are_shown_as_text(
 def test_a_finished_run_is_scored_again_on_the_rows_it_kept_whatever_became_of_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(Path(SAMPLE).read_text().splitlines(keepends=True)[:60]))
+    data = Path(few_rows(tmp_path))
     options = ["--preset", "builtin", "--max-steps", "2", "--run-name", "a", "--runs-dir", str(tmp_path / "runs")]
     assert main(["train", str(data), *options]) == 0
     scores = tmp_path / "runs" / "a" / "scores.json"

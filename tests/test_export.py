@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from qlora_tune import export as exports
 from qlora_tune.adapters import load_adapter
@@ -25,6 +28,14 @@ def run(finished: Any) -> Any:
     return finished[0]
 
 
+@contextmanager
+def on_all_prompts() -> Iterator[None]:
+    """Compare what is exported on a hundred prompts, as outside the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_tune.parity.ROWS", 100)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(run: Any) -> Any:
     return open_adapter(run.adapter)
@@ -33,7 +44,8 @@ def trained(run: Any) -> Any:
 @pytest.fixture(scope="module")
 def zipped(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = Path(tmp_path_factory.mktemp("out") / "mine.zip")
-    parity = export_adapter(trained, run, target)
+    with on_all_prompts():
+        parity = export_adapter(trained, run, target)
     assert (parity.prompts, parity.same) == (100, 100)
     assert 0 <= parity.mean_kl <= parity.max_kl < 1e-6
     return target
@@ -42,7 +54,8 @@ def zipped(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def merged(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parity]:
     target = tmp_path_factory.mktemp("out") / "merged"
-    return target, merge_adapter(trained, run, target)
+    with on_all_prompts():
+        return target, merge_adapter(trained, run, target)
 
 
 def test_the_zip_holds_exactly_what_may_leave(zipped: Path) -> None:
@@ -267,8 +280,10 @@ def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(
 
     folder = copied_base(tmp_path)
     monkeypatch.chdir(tmp_path)
+    rows = (ROOT / "sample.jsonl").read_text().splitlines(keepends=True)[:20]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
     changes = {"model_name_or_path": "base", "max_steps": "2", "runs_dir": str(tmp_path / "runs")}
-    config = settings(score_rows="0", heldout_share="0", **changes)
+    config = settings(data=["rows.jsonl"], score_rows="0", heldout_share="0", **changes)
     run = new_run(config)
     train(config, run, prepare(config))
     target = tmp_path / "out" / "x.zip"

@@ -157,7 +157,9 @@ def test_out_of_memory_leads_to_the_next_smaller_setting_and_the_same_results(
 
 def test_memory_that_never_suffices_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_fits", lambda *_: False)
-    config = settings(data=[write_rows(tmp_path / "rows.jsonl", 20)], runs_dir=str(tmp_path / "runs"), max_steps="1")
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    changes = {"max_steps": "1", "activation_checkpointing": "on"}  # fewer settings to try
+    config = settings(data=[rows], runs_dir=str(tmp_path / "runs"), **changes)
     run = new_run(config)
     with pytest.raises(MemoryLimitError, match="ran out of memory"):
         training.train(config, run, prepare(config))

@@ -240,17 +240,14 @@ def test_the_whole_journey_from_the_sample_to_an_exported_adapter_that_is_opened
 
 def count_controls(tab: Any) -> int:
     """How many controls are in sight; each must have a name."""
-    controls = tab.locator("button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible").all()
-    unnamed = [
-        control.evaluate("e => e.outerHTML.slice(0, 200)")
-        for control in controls
-        if not control.evaluate(
-            "e => (e.ariaLabel || e.innerText || e.title"
-            " || [...(e.labels || [])].map(l => l.innerText).join('')).trim()"
-        )
-    ]
-    assert not unnamed
-    return len(controls)
+    names = tab.locator(
+        "button:not([role=tab], [tabindex='-1']):visible, input:visible, textarea:visible"
+    ).evaluate_all(
+        "all => all.map(e => [(e.ariaLabel || e.innerText || e.title"
+        " || [...(e.labels || [])].map(l => l.innerText).join('')).trim(), e.outerHTML.slice(0, 200)])"
+    )
+    assert not [markup for name, markup in names if not name]
+    return len(names)
 
 
 def ask_held_out(tab: Any, number: int) -> None:
