@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qlora_tune import system_memory
 from qlora_tune.containers import SUFFIXES, list_files, read_rows
 from qlora_tune.duplicates import find_near, find_related, join_pairs, sketch
 from qlora_tune.errors import ConfigError, DataError, MemoryLimitError, join_problems
@@ -126,11 +127,9 @@ def label_files(paths: Sequence[str | Path]) -> dict[str, str]:
 
 def require_memory(paths: Sequence[str | Path], per_byte: float) -> None:
     """Raise MemoryLimitError where rows take more memory than is free, `per_byte` for each byte of their files."""
-    import psutil
-
     files = [Path(path) for path in paths if Path(path).is_file()]
     size = sum(file.stat().st_size * (PACKED if file.suffix.lower() in (".gz", ".parquet") else 1) for file in files)
-    free = psutil.virtual_memory().available
+    free = system_memory.available_bytes()
     if size * per_byte > free:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         raise MemoryLimitError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from qlora_tune import system_memory
 from qlora_tune.base import find_base
 from qlora_tune.errors import TuneError
 from qlora_tune.launch import refuse_busy_device
@@ -136,11 +137,10 @@ def _relative(one: object, other: object) -> float:
 
 
 def _memory() -> Iterator[Finding]:
-    import psutil
     import torch
 
     device: Device = detect_device()
-    free = torch.cuda.mem_get_info()[0] if device.kind == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device.kind == "cuda" else system_memory.available_bytes()
     name, reason = pick_here()
     share = f"{free / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB free"
     yield Finding("memory", f"{share}; preset {name} ({reason})")

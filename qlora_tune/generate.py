@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
+from qlora_tune import system_memory
 from qlora_tune.adapters import virtual_cache, virtual_tokens
 from qlora_tune.chat_format import ChatFormat
 from qlora_tune.errors import ModelError
@@ -292,11 +293,9 @@ def _is_packed(module: Any) -> bool:
 
 def _fit(packed: Sequence[Any]) -> bool:
     """Whether the dequantized weights take no more than their share of the free memory."""
-    import psutil
-
     states = [module.weight.quant_state for module in packed]
     size = sum(state.shape.numel() * state.dtype.itemsize for state in states)
-    return bool(size * KEPT_SHARE <= psutil.virtual_memory().available)
+    return bool(size * KEPT_SHARE <= system_memory.available_bytes())
 
 
 def _linear(stock: Callable[..., Any], module: Any, weight: Any, x: Any) -> Any:

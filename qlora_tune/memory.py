@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from qlora_tune import processes
+from qlora_tune import processes, system_memory
 from qlora_tune.adapters import is_named, unknown_names, virtual_tokens_of
 from qlora_tune.base import BaseModel
 from qlora_tune.base_shape import BaseShape, read_shape
@@ -269,7 +269,7 @@ def free_bytes(device: Device) -> int:
     if device.kind == "cuda":
         free = int(torch.cuda.mem_get_info()[0]) + int(torch.cuda.memory_reserved())
     else:
-        available = int(psutil.virtual_memory().available) // processes.count()
+        available = system_memory.available_bytes() // processes.count()
         free = available + int(psutil.Process().memory_info().rss)
     return int(free * 0.95)
 

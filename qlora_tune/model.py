@@ -20,7 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from qlora_tune import processes
+from qlora_tune import processes, system_memory
 from qlora_tune.base import BaseModel
 from qlora_tune.chat_format import ChatFormat, ensure_chat_template
 from qlora_tune.errors import ModelError
@@ -135,7 +135,6 @@ def detect_device() -> Device:
     bfloat16 needs compute capability 8 on CUDA (older GPUs emulate it) and AVX512-BF16 or AMX on a CPU (without
     them bfloat16 is about 4 times slower than float32).
     """
-    import psutil
     import torch
 
     if torch.cuda.is_available():
@@ -143,7 +142,7 @@ def detect_device() -> Device:
         precision: Precision = "bfloat16" if properties.major >= 8 else "float16"
         return Device("cuda", properties.name, properties.total_memory, precision)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    memory, threads = psutil.virtual_memory().total, torch.get_num_threads()
+    memory, threads = system_memory.total_bytes(), torch.get_num_threads()
     return Device(
         "cpu", f"CPU, {threads} thread{'s' if threads > 1 else ''}", memory, "bfloat16" if fast_bf16 else "float32"
     )

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "qlora_tune"
 ORDER = [
     "errors",
     "disk",
+    "system_memory",
     "config",
     "json_stream",
     "turns",
