@@ -43,9 +43,10 @@ def run(finished: Any, tmp_path: Path) -> Run:
 
 def test_the_card_names_data_settings_versions_scores_and_agreement(run: Run) -> None:
     card = write_model_card(run, find_base("builtin"), STOPS, Parity(100, 99, 1e-5, 2e-5))
-    for name, rows, use in (("sample.jsonl", "2,096", "training"), ("sample_heldout.jsonl", "400", "held-out")):
-        digest = hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-        assert f"| {name} | {use} | {rows} | `{digest}` |" in card
+    heldout = Path(run.read_config().heldout_data[0])
+    for file, rows, use in ((ROOT / "sample.jsonl", "2,096", "training"), (heldout, "134", "held-out")):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert f"| {file.name} | {use} | {rows} | `{digest}` |" in card
     assert "The sample that is built into qlora-tune" in card
     for name, value in describe_recipe(run):
         assert f"| {name} | {value} |" in card
@@ -154,7 +155,7 @@ def test_a_recipe_holds_every_setting_that_shapes_training_and_is_read_as_it_was
     assert recipe.settings.keys() == TrainConfig.model_fields.keys() - ELSEWHERE - absent
     assert recipe.settings["dtype"] == run.read_state()["precision"] != "auto"
     assert tomllib.loads(text)["outcome"]["held_out_loss"] == run.read_state()["eval_loss"]
-    assert [file.rows for file in recipe.data_files] == [2096, 400]
+    assert [file.rows for file in recipe.data_files] == [2096, 134]
 
 
 @pytest.mark.parametrize(
