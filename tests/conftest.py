@@ -42,7 +42,7 @@ def _compare_exports_on_few_prompts() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _spare_the_garbage_collector() -> None:
-    """What a module's test file begins with stays; a million objects of the libraries are not searched again.
+    """Leave out of later collections what is there when a test file begins: a million objects of the libraries.
 
     Each training asks for several collections, which took a quarter of a short one.
     """
