@@ -330,7 +330,8 @@ def test_the_loop_chat_vote_export_train_on_the_votes_and_chat_again(
     button(tab, "Compare base and tuned").click()
     tab.wait_for_function("at => document.querySelector('input[aria-label=Adapter]').value == at", arg=run.name)
     ask_held_out(tab, 0)
-    tab.get_by_role("tab", name="Runs and export").click()
+    tab.get_by_role("tab", name="Train").click()
+    button(tab, "Scores and export").click()
     table = tab.get_by_role("region", name="run", exact=True)
     table.get_by_text(run.name, exact=True).wait_for()
     assert table.get_by_text("short", exact=True).count() == 1
