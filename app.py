@@ -359,7 +359,7 @@ def build_train(page: Any, fields: dict[str, Any], name: Any, adapter: Any, chos
     on(save.click, functools.partial(end_run, launch.request_stop), [name], say_run, [asked])
     on(drop.click, functools.partial(end_run, launch.discard_run), [name], say_run, [asked])
     # One after the other: a tab that opens asks what is chosen in it, and must not be told what was before.
-    chat, export = (functools.partial(gr.Tabs, selected=name) for name in ("chat", "runs"))
+    chat, export = (functools.partial(gr.Tabs, selected=tab) for tab in ("chat", "runs"))
     alone: Any = {"inputs": None, "outputs": [tabs], "api_visibility": "private"}
     on(talk.click, functools.partial(pick_adapter, runs_dir), [name], say_run, [adapter]).then(chat, **alone)
     on(out.click, lambda run: refresh_runs([run])[0], [name], say_run, [chosen]).then(export, **alone)

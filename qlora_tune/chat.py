@@ -224,9 +224,10 @@ def unpack_adapter(packed: Path, folder: Path) -> Path:
                     f"{packed.name}: no adapter made by qlora-tune. Expected the zip that `export` writes, with "
                     f"{', '.join((*ADAPTER_FILES, 'adapter_config.json'))}."
                 )
-            if sum(entry.file_size for entry in chosen.values()) > MAX_ADAPTER_BYTES:
+            size = sum(entry.file_size for entry in chosen.values())
+            if size > MAX_ADAPTER_BYTES:
                 raise ModelError(f"{packed.name}: is larger than {MAX_ADAPTER_BYTES >> 30} GiB unpacked, so it is not.")
-            disk.require_room(folder, sum(entry.file_size for entry in chosen.values()), "its files")
+            disk.require_room(folder, size, "its files")
             target = Path(tempfile.mkdtemp(prefix=f"{packed.stem[:40]}-", dir=folder))
             try:
                 for name, entry in chosen.items():

@@ -76,6 +76,12 @@ def settings(**changes: Any) -> Any:
     return resolve_config({"preset": "builtin", "eval_steps": "0.25", **changes}).config
 
 
+def write_part(path: Path, shipped: str, rows: slice) -> str:
+    """Write some rows of a shipped file into one of their own; returns its path."""
+    path.write_text("".join((ROOT / shipped).read_text().splitlines(keepends=True)[rows]))
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One short run on sample.jsonl, trained and scored on some held-out rows: (run, config, result)."""
@@ -86,11 +92,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from qlora_tune.train import train
 
     runs_dir = tmp_path_factory.mktemp("runs")
-    heldout = tmp_path_factory.mktemp("rows") / "sample_heldout.jsonl"
-    heldout.write_text("".join((ROOT / "sample_heldout.jsonl").read_text().splitlines(keepends=True)[::3]))
-    config = settings(
-        runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50", heldout_data=[str(heldout)]
-    )
+    name = "sample_heldout.jsonl"
+    heldout = write_part(tmp_path_factory.mktemp("rows") / name, name, slice(None, None, 3))
+    config = settings(runs_dir=str(runs_dir), max_steps="24", run_name="short", score_rows="50", heldout_data=[heldout])
     setup = prepare(config)
     run = new_run(config)
     result = train(config, run, setup)

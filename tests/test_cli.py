@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_part
 
 from qlora_tune.cli import main
 
@@ -132,9 +132,7 @@ def test_the_wrong_base_for_an_adapter_exits_with_2(
 
 def few_rows(folder: Path) -> str:
     """A file with some rows of the sample."""
-    path = folder / "few.jsonl"
-    path.write_text("".join(Path(SAMPLE).read_text().splitlines(keepends=True)[:60]))
-    return str(path)
+    return write_part(folder / "few.jsonl", "sample.jsonl", slice(60))
 
 
 def test_a_training_run_is_quiet_complete_and_chats(tmp_path: Path) -> None:

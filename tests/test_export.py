@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import write_part
 
 from qlora_tune import export as exports
 from qlora_tune.adapters import load_adapter
@@ -280,8 +280,7 @@ def test_a_run_on_a_base_in_a_local_folder_exports_without_its_path(
 
     folder = copied_base(tmp_path)
     monkeypatch.chdir(tmp_path)
-    rows = (ROOT / "sample.jsonl").read_text().splitlines(keepends=True)[:20]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    write_part(tmp_path / "rows.jsonl", "sample.jsonl", slice(20))
     changes = {"model_name_or_path": "base", "max_steps": "2", "runs_dir": str(tmp_path / "runs")}
     config = settings(data=["rows.jsonl"], score_rows="0", heldout_share="0", **changes)
     run = new_run(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_part
 from test_export import run, trained  # noqa: F401 - fixtures
 
 from qlora_tune.cli import main
@@ -31,9 +32,7 @@ def shared_zip(trained: Any, run: Any, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty held-out rows in a file of their own."""
-    path = tmp_path_factory.mktemp("rows") / "some.jsonl"
-    path.write_text("".join(shipped_path(HELDOUT).read_text().splitlines(keepends=True)[:20]))
-    return path
+    return Path(write_part(tmp_path_factory.mktemp("rows") / "some.jsonl", HELDOUT, slice(20)))
 
 
 def test_a_zip_scores_as_the_run_that_it_came_from(
