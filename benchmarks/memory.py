@@ -79,10 +79,10 @@ def main() -> None:
                 flush=True,
             )
             found.append({"shape": shape, "length": length, "rows": rows, "rank": rank, **middle, "draws": draws})
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     ratios = [entry["ratio"] for entry in found]
     print(f"\n{sum(abs(ratio - 1) <= 0.1 for ratio in ratios)} of {len(ratios)} within 10 %")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def run(folder: Path, length: int, rows: int, rank: int, checkpointing: bool, seed: int) -> dict[str, Any]:

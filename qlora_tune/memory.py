@@ -32,10 +32,10 @@ CUDA_BUILD = 360_000_000  # what libraries of a GPU take besides where torch's b
 # On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
 # some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
 # by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
-PASSING, HOLES, UNKEPT = 6.4, 1.6, 6.7
-# oneDNN's kernels for each length of a micro-batch beyond those of a short run. About 40 go with a length, and oneDNN
-# keeps 1,024 of them.
-SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 24_000_000, 8, 25
+PASSING, HOLES, UNKEPT = 5.2, 1.3, 10
+# oneDNN's kernels: those of a short run, which a base of next to nothing hardly has, and those of each length of a
+# micro-batch beyond. About 40 go with a length, and oneDNN keeps 1,024 of them.
+FIRST_SHAPES, SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 35_000_000, 24_000_000, 8, 25
 CUDA_LIBRARIES = 600_000_000  # CUDA context and workspaces; DESIGN section 5, not measured here
 TILE_COPIES = 8.6  # float32 copies of a tile of logits while its gradient is made without Triton
 HEAP_COPIES, HEAP_LIMIT = 17, 540_000_000  # of tiles below 32 MiB, which glibc's heap keeps; model._keep_freed_memory
@@ -125,9 +125,10 @@ def estimate_memory(
 
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
-    activations are held follows the functions in fused.py. On a CPU within 10 % in 42 of 48 short runs, the libraries
-    taken off, and within 14 % in all (benchmarks/memory.py); three of the constants are fitted to those runs. Loading
-    the base, which for a moment holds all of its file, is not covered. Not measured on a GPU.
+    activations are held follows the functions in fused.py. On a CPU, the libraries taken off, within 10 % of the
+    medians of 24 combinations and within a fifth of single short runs (benchmarks/memory.py), to which four of the
+    constants are fitted. Loading the base, which for a moment holds all of its file, is not covered. Not measured on
+    a GPU.
     """
     shape = read_shape(base)
     on_cpu = device.kind == "cpu"
@@ -181,7 +182,7 @@ def _fast_bytes(
     if on_cpu:
         parts["holes in the heap"] = int(HOLES * 4 * parameters)
         seen = min(_count_lengths(config, fit.max_tokens, lengths), SHAPES_AT_MOST)
-        parts["kernels by length"] = SHAPE * max(0, seen - SHAPES_AT_FIRST)
+        parts["kernels by length"] = FIRST_SHAPES + SHAPE * max(0, seen - SHAPES_AT_FIRST)
     if config.load_in_4bit and fit.keep_weights:
         parts["weights kept dequantized"] = shape.in_layers * unit
     elif config.load_in_4bit and on_cpu:
