@@ -43,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int, float]:
 
 
 @pytest.mark.parametrize("share", [26, pytest.param(1, marks=pytest.mark.reliability)], ids=["some", "all"])
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_run_killed_at_any_write_goes_on_to_the_same_adapter(
     whole: tuple[Run, int, float], tmp_path: Path, share: int
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_adapter(
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(125, marks=pytest.mark.reliability)])
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_adapter(
     whole: tuple[Run, int, float], tmp_path: Path, kills: int
 ) -> None:

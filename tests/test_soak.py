@@ -52,7 +52,7 @@ def alive(runs_dir: Path) -> list[Run]:
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.reliability)])
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_of_many_starts_at_once_one_runs_and_the_lock_of_a_dead_one_is_taken_over(tmp_path: Path, rounds: int) -> None:
     draw, runs_dir, locks = random.Random(0), tmp_path / "runs", os.environ["XDG_RUNTIME_DIR"]
     config = short(tmp_path, max_steps=FOREVER, eval_steps=FOREVER)
@@ -85,7 +85,7 @@ def test_of_many_starts_at_once_one_runs_and_the_lock_of_a_dead_one_is_taken_ove
 
 
 @pytest.mark.parametrize("stops", [1, pytest.param(30, marks=pytest.mark.reliability)])
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_nothing_is_left_of_a_run_that_was_stopped_at_any_moment(
     tmp_path: Path, stops: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
