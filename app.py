@@ -70,13 +70,20 @@ def make_fields() -> dict[str, Any]:
     return {name: make_field(name, as_field(getattr(usual, name)), choices.get(name)) for name in NAMES}
 
 
+def base_flags(preset: str | None, model: str | None) -> dict[str, Any]:
+    """The flags that decide what is usual: a preset, or under `auto` a base of one's own, which has the defaults."""
+    if (preset or "auto") != "auto":
+        return {"preset": preset}
+    picked = resolve_config({}, pick_auto=pick_here).config.model_name_or_path
+    return {"model_name_or_path": model} if model and model != picked else {}
+
+
 def read_fields(values: Any) -> dict[str, Any]:
-    """What the fields say otherwise than their preset, as flags."""
+    """What the fields say otherwise than is usual, as flags."""
     given = dict(zip(NAMES, values, strict=True))
-    preset = given.pop("preset") or "auto"
     given["data"] = "" if given["data"] in (SAMPLE, None) else given["data"]
-    flags = {} if preset == "auto" else {"preset": preset}
-    flags |= flags_of_fields(given, resolve_config({"preset": preset}, pick_auto=pick_here).config)
+    flags = base_flags(given.pop("preset"), given["model_name_or_path"])
+    flags |= flags_of_fields(given, resolve_config(flags, pick_auto=pick_here).config)
     return flags if runs_dir == "runs" else {**flags, "runs_dir": runs_dir}
 
 
@@ -84,10 +91,15 @@ def read_config(values: Any) -> TrainConfig:
     return resolve_config(read_fields(values), pick_auto=pick_here).config
 
 
-def fill_fields(preset: str) -> tuple[Any, ...]:
-    """What the fields show after a change of preset."""
-    config = resolve_config({"preset": preset or "auto"}, pick_auto=pick_here).config
+def fill_fields(preset: str | None, model: str | None = None) -> tuple[Any, ...]:
+    """What the fields show after a change of preset, or under `auto` of the base model."""
+    config = resolve_config(base_flags(preset, model), pick_auto=pick_here).config
     return tuple(gr.skip() if name in KEPT else as_field(getattr(config, name)) for name in NAMES)
+
+
+def fill_for_base(preset: str | None, model: str | None) -> tuple[Any, ...]:
+    """What the fields show after a change of the base model: a preset that is named stays as it was filled in."""
+    return fill_fields(preset, model) if (preset or "auto") == "auto" else (gr.skip(),) * len(NAMES)
 
 
 def runs_by_name() -> dict[str, Run]:
@@ -103,35 +115,45 @@ def find_run(name: str | None) -> Run:
     return run
 
 
-def check_data(data: str, *values: Any) -> Any:
-    """Report on the chosen data and what the settings would cut of it, with its first row."""
-    seen = 0
+def check_data(data: str, copied: str, *values: Any) -> Any:
+    """Report on the chosen data and what the settings would cut of it, with its first row.
+
+    A mended copy of other data is no longer offered.
+    """
+    seen, same = 0, (gr.skip(),) * len(forget_repair())
+    yield "", *(gr.skip(),) * 6, *(same if copied and data == copied else forget_repair())
 
     def on_row() -> None:
         nonlocal seen
         seen += 1
 
-    yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6
+    yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6, *same
     try:
         config = read_config(values)
         files = [str(shipped_path("sample.jsonl"))] if data in (SAMPLE, "", None) else find_data([data])
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(check_as_trained, config, files, on_row)
             while wait([job], timeout=0.5).not_done:
-                yield parts.show_message(f"Reading the rows … {seen:,}", "soft"), *(gr.skip(),) * 6
+                yield parts.show_message(f"Reading the rows … {seen:,}", "soft"), *(gr.skip(),) * 6, *same
         report = job.result()
         if refused := [file.refused for file in report.files if file.refused]:
             raise DataError("\n".join(refused))
-        row = show_row(files[0], 1, *values)
+        row, line = show_row(files[0], 1, *values)
     except Exception as error:
-        yield parts.show_problem(error), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False)
+        yield parts.show_problem(error), None, "", "", gr.skip(), gr.skip(), gr.Column(visible=False), *same
         return
     several = gr.Dropdown(files, value=files[0], visible=len(files) > 1)
-    yield "", report, parts.show_check(report), row, several, 1, gr.Column(visible=True)
+    yield "", report, parts.show_check(report), row, several, line, gr.Column(visible=True), *same
 
 
-def show_row(file: str, line: float, *values: Any) -> str:
-    return parts.show_row(view_row(Path(file), max(1, int(line or 1)), read_config(values)))
+def show_row(file: str, line: float | None, *values: Any, above: bool = False) -> tuple[str, int]:
+    """The row at a line, or the next one, or the last one above; and the line where it stands."""
+    view = view_row(Path(file), int(line or 1), read_config(values), above=above)
+    return parts.show_row(view), view.line
+
+
+def show_next_row(file: str, line: float | None, *values: Any) -> tuple[str, int]:
+    return show_row(file, (line or 0) + 1, *values)
 
 
 def repair(report: Any, *values: Any) -> tuple[Any, ...]:
@@ -143,6 +165,11 @@ def repair(report: Any, *values: Any) -> tuple[Any, ...]:
         kept = str(launch.keep_upload(done.output, runs_dir))
         shown = parts.show_message(words, "good"), kept, gr.Button(visible=True)
         return hand_out(done.output), hand_out(done.log), *shown
+
+
+def forget_repair() -> tuple[Any, ...]:
+    """What stands where repair() says what it did, before it was asked."""
+    return gr.DownloadButton(visible=False), gr.DownloadButton(visible=False), "", "", gr.Button(visible=False)
 
 
 def take_upload(file: str) -> tuple[Any, Any]:
@@ -173,12 +200,13 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     if name is None:
         empty = parts.show_message("No run yet. What a run does is shown here while it goes on.", "soft")
         hidden = (gr.Button(visible=False) for _ in range(4))
-        return gr.Dropdown([], value=None), None, False, empty, "", "", gr.Button(visible=True), *hidden
+        gone = gr.Column(visible=False)
+        return gr.Dropdown([], value=None), None, False, empty, "", "", gr.Button(visible=True), *hidden, gone
     run = runs[name]
     alive, output = run.is_alive(), run.path / launch.OUTPUT_FILE
     stamps = [path.stat().st_mtime_ns for path in (*run.path.glob("*.json*"), output) if path.exists()]
     if seen == (now := (name, names, alive, stamps)):
-        return (gr.skip(),) * 11
+        return (gr.skip(),) * 12
     log = output.read_bytes()[-20_000:].decode(errors="ignore") if output.exists() else "It was started in a terminal."
     unfinished = run.read_state()["status"] in ("stopped", "interrupted", "failed")
     tuned = run.can_answer and not alive
@@ -186,7 +214,10 @@ def watch(name: str | None, seen: Any) -> tuple[Any, ...]:
     # A value only where it is another one: what Start has just put there must stay.
     choice = gr.Dropdown(names) if asked == name else gr.Dropdown(names, value=name)
     brief = parts.show_brief(run) if alive else ""
-    return choice, now, alive, parts.show_run(run), parts.show_log(log), brief, gr.Button(visible=not alive), *shown
+    # What is asked before a run is stopped was asked of that run alone.
+    question = gr.skip() if alive and seen and seen[0] == name else gr.Column(visible=False)
+    live = parts.show_run(run), parts.show_log(log), brief
+    return choice, now, alive, *live, gr.Button(visible=not alive), *shown, question
 
 
 def resume(name: str) -> tuple[()]:
@@ -305,17 +336,19 @@ def build_data(fields: dict[str, Any], picked: Any, tabs: Any) -> None:
                 copy, log = (gr.DownloadButton(visible=False) for _ in range(2))
                 checked = part()
     check: Any = {"show_progress": "hidden", "api_visibility": "private", "fn": check_data}
-    check |= {"inputs": [picked, *values], "outputs": [say, report, checked, row, file, line, found]}
+    repaired = [copy, log, mended, copied, use]
+    check |= {"inputs": [picked, copied, *values]}
+    check |= {"outputs": [say, report, checked, row, file, line, found, *repaired]}
     both, same = [picked, fields["data"]], lambda value: (value, value)
     on(upload.upload, take_upload, [upload], say, both).then(**check)
     on(example.click, lambda: (SAMPLE, SAMPLE), None, say, both).then(**check)
     on(picked.submit, lambda value: (value, value or SAMPLE), [picked], say, both).then(**check)
     on(fields["data"].input, same, [fields["data"]], say, both).then(**check)
-    look: Any = {"fn": show_row, "inputs": [file, line, *values], "say": say, "outputs": [row]}
-    on([line.submit, file.input], **look)
-    on(on(back.click, lambda at: max(1, (at or 2) - 1), [line], say, [line]).then, **look)
-    on(on(forth.click, lambda at: (at or 0) + 1, [line], say, [line]).then, **look)
-    on(mend.click, repair, [report, *values], say, [copy, log, mended, copied, use], busy="Mending …")
+    look: Any = {"inputs": [file, line, *values], "say": say, "outputs": [row, line]}
+    on([line.submit, file.input], show_row, **look)
+    on(back.click, functools.partial(show_row, above=True), **look)
+    on(forth.click, show_next_row, **look)
+    on(mend.click, repair, [report, *values], say, repaired, busy="Mending …")
     on(use.click, same, [copied], say, both).then(**check)
     on(go.click, lambda: gr.Tabs(selected="train"), None, say, [tabs])
 
@@ -346,10 +379,12 @@ def build_train(page: Any, fields: dict[str, Any], name: Any, adapter: Any, chos
     with gr.Accordion("Log", open=False):
         log = part()
     on([page.load, fields["preset"].input], fill_fields, [fields["preset"]], say, values)
+    base = fields["model_name_or_path"]
+    on(base.input, fill_for_base, [fields["preset"], base], say, values)
     shown: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
     changes = [page.load, alive.change, *(field.change for field in values)]
     on(changes, show_card, values, say, [card, command, begin], **shown)
-    watched = [name, seen, alive, live, log, brief, begin, stop, again, talk, out]
+    watched = [name, seen, alive, live, log, brief, begin, stop, again, talk, out, asked]
     ticks = [page.load, gr.Timer(1.0).tick, name.input]
     on(ticks, watch, [name, seen], say_watch, watched, show_progress="hidden", concurrency_limit=None)
     on(begin.click, start, values, say, [name], busy="Starting …")
@@ -415,6 +450,7 @@ def build_runs(tab: Any, chosen: Any) -> None:
     reveal(doom.click, asked, say_down, True)
     reveal(keep.click, asked, say_down, False)
     on(sure.click, delete, [chosen], say_down, [chosen, table, asked])
+    on(chosen.change, lambda: gr.Row(visible=False), None, say_down, [asked])  # it was asked of another run
 
 
 cli = App(name="app.py", help="The page of qlora-tune, for a browser on this machine.")

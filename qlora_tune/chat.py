@@ -146,9 +146,9 @@ def before_last_question(history: Sequence[Message]) -> tuple[list[Message], str
     return (list(history[: places[-1]]), history[places[-1]]["content"]) if places else ([], "")
 
 
-def list_heldout(folder: Path) -> list[tuple[str, int]]:
-    """The held-out prompts of a run's folder, as they are shown in a list, with their places; none of an opened zip."""
-    rows = Run(folder).read_heldout()[:LISTED] if (folder / "heldout.jsonl").exists() else []
+def list_heldout(run: Run) -> list[tuple[str, int]]:
+    """The held-out prompts of a run, as they are shown in a list, with their places."""
+    rows = run.read_heldout()[:LISTED] if (run.path / "heldout.jsonl").exists() else []
     labels = [printable(f"{row.task or 'row'}: {row.messages[-2]['content'][:80]}") for row in rows]
     return [(label, place) for place, label in enumerate(labels)]
 

@@ -191,10 +191,12 @@ def export(
     merged: Annotated[bool, Parameter(help="Write the merged 16-bit model instead of the adapter.")] = False,
     gguf: Annotated[bool, Parameter(help="Write the adapter for llama.cpp and Ollama, with a Modelfile.")] = False,
     into: Annotated[
-        Literal["quantized", "original"],
-        Parameter(help="Merge into the dequantized 4-bit base (what was trained), or the original one (close)."),
-    ] = "quantized",
-    dtype: Annotated[Literal["bfloat16", "float32"], Parameter(help="Number format of the merged model.")] = "bfloat16",
+        Literal["quantized", "original"] | None,
+        Parameter(help="Merge into the dequantized 4-bit base (as trained; so by itself) or the original (close)."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, Parameter(help="Number format of the merged model; bfloat16 by itself.")
+    ] = None,
     model_name_or_path: Annotated[str | None, Parameter(help="Where the base is now, if it moved.")] = None,
     push_to_hub: Annotated[
         str | None, Parameter(help="Upload it to OWNER/NAME on the model hub, with HF_TOKEN of the environment.")
@@ -209,14 +211,16 @@ def export(
 
     if merged and gguf:
         raise ConfigError("--merged writes a whole model, --gguf the adapter alone. Choose one of them.")
-    if dry_run and not push_to_hub:
-        raise ConfigError("--dry-run shows what --push-to-hub OWNER/NAME would upload. Name that too.")
+    if (into or dtype) and not merged:
+        raise ConfigError("--into and --dtype say how the merged model is made. Give --merged too, or leave them out.")
+    if (dry_run or not private) and not push_to_hub:
+        raise ConfigError("--dry-run and --public are about what --push-to-hub OWNER/NAME uploads. Name that too.")
     token = require_token() if push_to_hub and check_repository(push_to_hub) and not dry_run else None
     found = find_run(run, runs_dir)
     trained = open_trained(found, model_name_or_path)
     if merged:
         target = output or found.path / "merged"
-        parity = merge_adapter(trained, found, target, into, dtype)
+        parity = merge_adapter(trained, found, target, into or "quantized", dtype or "bfloat16")
         done = f"merged model: {target}"
     elif gguf:
         target = output or found.path / "gguf"

@@ -134,6 +134,8 @@ def select(
     config = _settings(settings)
     if (by == "reward") != (reward is not None):
         raise ConfigError("--by reward takes the scores of a reward model, --reward RUN. Give both.")
+    if run and by != "ifd":
+        raise ConfigError(f"--run says whose model tells how difficult a row is, --by ifd. By {by} it says nothing.")
     paths = [*files, *config.data] or [str(shipped_path("sample.jsonl"))]
     refuse_overwriting((output, name_left_out(output)), paths)
     examples, report = load_examples(find_data(paths), None, parse_columns(config.map), config.encoding)
@@ -160,9 +162,11 @@ def pairs(
     endpoint: Annotated[str | None, Parameter(help="Ask this OpenAI-compatible endpoint for pairs instead.")] = None,
     model: Annotated[str | None, Parameter(help="The model that the endpoint is asked for.")] = None,
     api_key_env: Annotated[str, Parameter(help="Environment variable that holds the endpoint's key.")] = "",
-    rows: Annotated[int, Parameter(help="How many pairs to ask for.", validator=Number(gte=1))] = 100,
+    rows: Annotated[
+        int | None, Parameter(help="How many pairs to ask for; 100 by itself.", validator=Number(gte=1))
+    ] = None,
     seeds: Annotated[Path | None, Parameter(help="Rows whose instructions show what is wanted.")] = None,
-    seed: Annotated[int, Parameter(help="Decides which pieces are asked about.")] = 42,
+    seed: Annotated[int | None, Parameter(help="Decides which pieces are asked about; 42 by itself.")] = None,
 ) -> None:
     """Make pairs of DOCUMENTS, by the rules of a recipe, or through an endpoint that you name."""
     from qlora_tune import documents as rules
@@ -171,9 +175,15 @@ def pairs(
         raise ConfigError("Name the documents to make pairs of: .txt, .md or .csv files.")
     if bool(endpoint) != bool(model) or (endpoint and recipe):
         raise ConfigError("Give --endpoint URL together with --model NAME, or --recipe TOML, or neither.")
+    asked = {"--rows": rows, "--seeds": seeds, "--seed": seed, "--api-key-env": api_key_env or None}
+    if not endpoint and (ignored := [flag for flag, value in asked.items() if value is not None]):
+        raise ConfigError(
+            f"{', '.join(ignored)}: only an endpoint is asked that. Give --endpoint URL and --model NAME."
+        )
     refuse_overwriting([output], [*documents, *([seeds] if seeds else []), *([recipe] if recipe else [])])
     if endpoint and model:
-        _ask_for_pairs(documents, output, endpoint, model, api_key_env, rows, seeds, seed)
+        how_many, drawn_by = rows or 100, 42 if seed is None else seed
+        _ask_for_pairs(documents, output, endpoint, model, api_key_env, how_many, seeds, drawn_by)
         return
     report = rules.make_pairs(documents, rules.load_recipe(recipe) if recipe else rules.DEFAULT_RECIPE)
     for skipped in report.skipped[:MAX_LISTED]:
@@ -228,7 +238,7 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
     from qlora_tune.selection import score_ifd
 
     if run is not None:
-        trained = open_adapter(open_run(run).adapter)
+        trained = open_adapter(open_run(run, config.runs_dir).adapter)
         model, chat = trained.load(), trained.chat
     else:
         base, device = find_base(config.model_name_or_path, config.model_revision), models.detect_device()

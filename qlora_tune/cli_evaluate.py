@@ -63,9 +63,9 @@ def _evaluate_run(run: Run, data: tuple[str, ...], contracts: Path | None, model
         return
     examples, report = other_examples(run, data, trained.chat)
     _show_left_out(report)
-    name = "-".join(Path(file).stem for file in data)
-    # A file called unseen.jsonl must not take the place of the run's own unseen tasks.
-    score(run, config, trained.load(), trained.chat, examples, "other-unseen" if name == UNSEEN else name)
+    # Files and folders are named as they are called, "." too. "" and "unseen" are the run's own rows.
+    name = "-".join(Path(file).resolve().stem for file in data)
+    score(run, config, trained.load(), trained.chat, examples, f"other-{name}" if name in ("", UNSEEN) else name)
 
 
 def _show_left_out(report: DataReport) -> None:

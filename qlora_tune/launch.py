@@ -19,7 +19,7 @@ from threading import Thread
 
 from qlora_tune.config import UPLOADS, TrainConfig
 from qlora_tune.errors import ConfigError, RunError
-from qlora_tune.runs import Run, new_run
+from qlora_tune.runs import Run, list_runs, new_run
 
 LOCK_VARIABLE = "QLORA_TUNE_LOCK"  # in a launched process: the number of the locked file that it was handed
 OUTPUT_FILE = "output.txt"  # in a run's folder: what its process printed
@@ -117,34 +117,45 @@ def request_stop(run: Run) -> None:
 
 
 def discard_run(run: Run) -> None:
-    """Kill a run's process at once and delete the run."""
-    if run.is_alive():
-        pid = run.read_state()["pid"]
-        if os.getpgid(pid) == pid != os.getpgrp():
-            os.killpg(pid, signal.SIGKILL)
-        else:
-            os.kill(pid, signal.SIGKILL)
-        end = time.monotonic() + _KILL_WAIT_S
-        while run.is_alive() and time.monotonic() < end:
-            time.sleep(0.05)
-    delete_run(run)
+    """Kill a run's process at once and delete the run's folder. Raises RunError where it does not run.
+
+    Uploaded files stay: whoever discards a run for a wrong setting starts another on the same data.
+    """
+    if not run.is_alive():
+        raise RunError(f"{run.name} is not running any more. Nothing was deleted; that is done on the tab Runs.")
+    pid = run.read_state()["pid"]
+    if os.getpgid(pid) == pid != os.getpgrp():
+        os.killpg(pid, signal.SIGKILL)
+    else:
+        os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + _KILL_WAIT_S
+    while run.is_alive() and time.monotonic() < end:
+        time.sleep(0.05)
+    _delete_folder(run)
 
 
 def delete_run(run: Run) -> None:
     """Delete a run's folder, and uploaded files that no other run was trained on. Raises RunError while it runs."""
-    _refuse_alive(run, "deleted")
     runs_dir = run.path.parent
     folder = (runs_dir / UPLOADS).resolve()
     own = {path for path in map(Path.resolve, _read_data_paths(run) or []) if path.parent == folder}
-    doomed = Path(tempfile.mkdtemp(prefix=".deleted-", dir=runs_dir))
-    run.path.rename(doomed / run.name)  # whole or not at all: a list of runs never meets half of one
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete_folder(run)
     for path in _without_used(own, runs_dir):
         path.unlink(missing_ok=True)
 
 
+def _delete_folder(run: Run) -> None:
+    _refuse_alive(run, "deleted")
+    doomed = Path(tempfile.mkdtemp(prefix=".deleted-", dir=run.path.parent))
+    run.path.rename(doomed / run.name)  # whole or not at all: a list of runs never meets half of one
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def rename_run(run: Run, name: str) -> Run:
-    """Give a run's folder another name. Raises RunError while it runs, or where the name is taken or no name."""
+    """Give a run's folder another name, also where runs beside it say what they began with.
+
+    Raises RunError while it runs, or where the name is taken or no name.
+    """
     _refuse_alive(run, "renamed")
     try:
         TrainConfig(run_name=name or "")
@@ -153,7 +164,16 @@ def rename_run(run: Run, name: str) -> Run:
     target = run.path.with_name(name)
     if target.exists():
         raise RunError(f"{target}: this run exists. Choose another name.")
+    before = str(run.path.resolve())
+    later = [other for other in list_runs(target.parent) if other.read_state().get("began_with") == before]
+    for other in later:
+        if other.is_alive():
+            raise RunError(
+                f"{run.name} can't be renamed: {other.name}, which began with it, is running. Stop it first."
+            )
     run.path.rename(target)
+    for other in later:
+        other.update_state(began_with=str(target.resolve()))
     return Run(target)
 
 
@@ -216,8 +236,10 @@ def _without_used(uploads: set[Path], runs_dir: str | Path) -> set[Path]:
     Known by name: runs name the folder of runs as it was called then.
     """
     used: set[str] = set()
-    for config in Path(runs_dir).glob("*/config.toml"):  # a run, though its state may be damaged
-        paths = _read_data_paths(Run(config.parent)) if config.parent.name != UPLOADS else []
+    # Runs, though their state may be damaged; those of an experiment lie one folder deeper.
+    found = [config for where in ("*", "*/*") for config in Path(runs_dir).glob(f"{where}/config.toml")]
+    for config in found:
+        paths = _read_data_paths(Run(config.parent)) if UPLOADS not in config.relative_to(runs_dir).parts else []
         if paths is None:
             return set()
         used |= {path.name for path in paths if path.parent.name == UPLOADS}

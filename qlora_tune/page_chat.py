@@ -12,7 +12,7 @@ from typing import Any
 from qlora_tune import ballots, chat, launch
 from qlora_tune import page_parts as parts
 from qlora_tune.config import describe_setting
-from qlora_tune.errors import ConfigError, RunError
+from qlora_tune.errors import ConfigError, RunError, TuneError
 from qlora_tune.model import free_memory
 from qlora_tune.page_widgets import CACHE, gr, hand_out, on, part
 from qlora_tune.prefer import make_settings
@@ -41,8 +41,9 @@ def release_chat() -> None:
 def pick_adapter(runs_dir: str, name: str | None) -> Any:
     """The adapters that there are, and one chosen: by its folder, by its run's name, or the first."""
     choices = [(label, str(folder)) for label, folder in chat.list_adapters(runs_dir).items()]
-    wanted = [folder for label, folder in choices if name in (label, folder)] or [folder for _, folder in choices]
-    return gr.Dropdown(choices, value=next(iter(wanted), None))
+    places = {Path(folder).resolve(): folder for _, folder in choices}
+    wanted = dict(choices).get(name or "") or places.get(Path(name or "").resolve())
+    return gr.Dropdown(choices, value=wanted or next(iter(places.values()), None))
 
 
 def open_chat(adapter: str | None) -> Any:
@@ -91,7 +92,9 @@ def answer(
                 shown = time.monotonic()
                 yield "", kept, *sides, *parts.show_sides(grown, names), *unchanged
         answered = [len(side) > len(turns) for side, turns in zip(sides, before, strict=True)]
-        words = "" if answered[0] else "No answer; the turn is left out."
+        mute = [who for who, said in zip(voices, answered, strict=True) if not said]
+        words = f"No answer of {' and '.join(mute)}; the turn is left out." if mute else ""
+        kept = kept if any(answered) else prompt
         offered: Any = (None, gr.Row(visible=False), parts.show_message(why, "soft"))
         if ballot and run and all(answered):
             ballot = ballot.fill([side[-1]["content"] for side in sides])
@@ -127,13 +130,17 @@ def vote(choice: str, offered: Any, adapter: str) -> tuple[Any, ...]:
 
 def show_votes(adapter: str | None) -> tuple[Any, ...]:
     """The count of an adapter's votes, and the usual settings of training on them."""
-    run = chat.find_own_run(Path(adapter or ""))
+    run, usual = chat.find_own_run(Path(adapter or "")), [gr.skip()] * len(ASKED)
     if not run:
-        why = parts.show_message(ballots.why_no_vote(None, (), ()), "soft") if adapter else ""
-        return why, gr.Accordion(visible=False), *(gr.skip(),) * len(ASKED), gr.DownloadButton(visible=False)
-    config = make_settings(ballots.find_beginning(run)[0], [], {})
-    usual = (getattr(config, name) for name in ASKED)
-    return show_count(run), gr.Accordion(visible=True), *usual, gr.DownloadButton(visible=False)
+        note = parts.show_message(ballots.why_no_vote(None, (), ()), "soft") if adapter else ""
+        return note, gr.Accordion(visible=False), *usual, gr.DownloadButton(visible=False), ""
+    said = ""
+    try:
+        config = make_settings(ballots.find_beginning(run)[0], [], {})
+        usual = [getattr(config, name) for name in ASKED]
+    except TuneError as error:  # votes can be cast and exported all the same
+        said = parts.show_problem(error)
+    return show_count(run), gr.Accordion(visible=True), *usual, gr.DownloadButton(visible=False), said
 
 
 def export_votes(adapter: str) -> tuple[Any, str]:
@@ -154,14 +161,21 @@ def train_on_votes(runs_dir: str, adapter: str, *values: Any) -> tuple[Any, Any]
     return gr.Tabs(selected="train"), gr.Dropdown(names, value=run.name)
 
 
-def retry(left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
-    """Take the last question back, to ask it again."""
-    (rest, asked), (other, _) = chat.before_last_question(left), chat.before_last_question(right)
-    return asked, rest, other
+def retry(typed: str, left: list[Any], right: list[Any]) -> tuple[str, list[Any], list[Any]]:
+    """Take the last question back, to ask it again; where there is none, what is typed is asked.
+
+    A side that gave no answer to it has left it out already, and goes back no further.
+    """
+    longer = left if len(left) >= len(right) else right
+    asked = chat.before_last_question(longer)[1]
+    ends = [(side, *chat.before_last_question(side)) for side in (left, right)]
+    rests = [rest if last == asked else side for side, rest, last in ends]
+    return asked or typed, rests[0], rests[1]
 
 
 def list_examples(adapter: str | None) -> Any:
-    rows = chat.list_heldout(Path(adapter or "").parent)
+    run = chat.find_own_run(Path(adapter or ""))
+    rows = chat.list_heldout(run) if run else []
     return gr.Dropdown(rows, value=None, visible=bool(rows))
 
 
@@ -219,7 +233,7 @@ def build_chat(tab: Any, adapter: Any, tabs: Any, watched: Any, runs_dir: str) -
     stream: Any = {"fn": answer, "inputs": [prompt, left, right, adapter, one, two, system, blind, *sampling]}
     stream |= {"outputs": [say, prompt, left, right, *panes, *poll], "concurrency_id": "model"}
     stream |= {"show_progress": "hidden", "api_visibility": "private"}
-    again = on(redo.click, retry, [left, right], say, [prompt, left, right]).then(**stream)
+    again = on(redo.click, retry, [prompt, left, right], say, [prompt, left, right]).then(**stream)
     streams = [prompt.submit(**stream), send.click(**stream), again]
     halt.click(None, cancels=streams, api_visibility="private")
     for choice, vote_button in choices.items():
@@ -228,9 +242,10 @@ def build_chat(tab: Any, adapter: Any, tabs: Any, watched: Any, runs_dir: str) -
     empty = ([], [], *parts.show_sides(([], []), ("base", "tuned")), "", None, gr.Row(visible=False))
     on(clear.click, lambda: empty, None, say, talk, cancels=streams)
     on([tab.select, adapter.focus], functools.partial(pick_adapter, runs_dir), [adapter], say, [adapter])
-    on(adapter.change, lambda name: (list_examples(name), "", *empty), [adapter], say, [example, system, *talk])
+    changed = on(adapter.change, lambda: ("", *empty), None, say, [system, *talk])
+    on(changed.then, list_examples, [adapter], say, [example])
     on(example.input, use_example, [example, adapter], say, [system, left, right, prompt, expected])
-    on(adapter.change, show_votes, [adapter], say_votes, [note, votes, *asked, packed])
+    on(adapter.change, show_votes, [adapter], say_votes, [note, votes, *asked, packed, done])
     on(upload.upload, functools.partial(open_zip, runs_dir), [upload], say, [adapter])
     on(pack.click, export_votes, [adapter], say_votes, [packed, done])
     start = functools.partial(train_on_votes, runs_dir)

@@ -92,7 +92,12 @@ class PreferenceSetup:
 
 
 def find_origin(name: Path, runs_dir: str) -> Origin:
-    """Find the adapter to begin with: a run's, or an adapter's folder. Raises RunError."""
+    """Find the adapter to begin with: a run's, or an adapter's folder. Raises RunError.
+
+    `runs_dir` is empty where the name is the place that a run has recorded.
+    """
+    if not runs_dir and not name.exists():
+        raise RunError(f"{name}: what this run began with is not there any more. Put that folder back.")
     if (name / "adapter_config.json").is_file():
         name = name.resolve()
         if not (name.parent / "state.json").is_file():

@@ -36,12 +36,17 @@ class Token(NamedTuple):
 class RowView:
     """What one row of a file becomes. Tokens are one list a sequence; problems say why there is none, or less."""
 
-    source: str  # file:line
+    file: str
+    line: int
     raw: Any
     shape: str = ""
     examples: list[Example] = field(default_factory=list)
     sequences: list[list[Token]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
 def mark_tokens(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Token]:
@@ -53,12 +58,20 @@ def mark_tokens(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> li
     ]
 
 
-def view_row(path: Path, line: int, config: TrainConfig) -> RowView:
-    """The row at a line of a file, or the next one below it. Raises DataError where there is none."""
-    columns = parse_columns(config.map)
+def view_row(path: Path, line: int, config: TrainConfig, *, above: bool = False) -> RowView:
+    """The row at a line of a file, or the next one below it; with `above` the last one above it, where there is one.
+
+    Raises DataError where there is none.
+    """
+    columns, last = parse_columns(config.map), None
     for row in read_rows(path, columns.values(), config.encoding):
-        if row.line >= line and not (isinstance(row, DataProblem) and row.action == "skipped"):
-            return _view(row, config, columns)
+        if isinstance(row, DataProblem) and row.action == "skipped":
+            continue
+        if row.line >= line:
+            return _view(last if above and last else row, config, columns)
+        last = row
+    if above and last:
+        return _view(last, config, columns)
     raise DataError(f"{path.name}: has no row at line {line} or below it.")
 
 
@@ -94,17 +107,17 @@ def _load_format(name: str, revision: str | None, template: Literal["auto", "cha
 
 
 def _view(row: Row | DataProblem, config: TrainConfig, columns: Mapping[str, str]) -> RowView:
-    source = f"{Path(row.file).name}:{row.line}"
+    place = Path(row.file).name, row.line
     if isinstance(row, DataProblem):
-        return RowView(source, row.original, problems=[row.reason])
+        return RowView(*place, row.original, problems=[row.reason])
     try:
         conversion = to_examples(row._replace(fields=map_columns(row.fields, columns)) if columns else row)
     except RowError as error:
-        return RowView(source, row.fields, problems=[str(error)])
+        return RowView(*place, row.fields, problems=[str(error)])
     chat, examples, split = load_format(config), list(conversion.examples), list[DataProblem]()
     if config.long_chats == "split":
         examples, split = split_long_chats(chat, examples, config.max_length)
     sequences, problems = tokenize_examples(chat, examples, config.max_length)
     tokens = [mark_tokens(chat.tokenizer, found.input_ids, found.labels) for found in sequences]
     told = [*conversion.changes, *(problem.reason for problem in (*split, *problems))]
-    return RowView(source, row.fields, conversion.shape, examples, tokens, told)
+    return RowView(*place, row.fields, conversion.shape, examples, tokens, told)

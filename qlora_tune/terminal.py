@@ -18,7 +18,7 @@ from rich.text import Text
 from qlora_tune.comparison import HEADLINE, Comparison, TaskScore, write_values
 from qlora_tune.config import Preset, ResolvedConfig, TrainConfig, describe_limits, describe_setting, describe_value
 from qlora_tune.data import DataReport
-from qlora_tune.errors import MAX_LISTED, ModelError
+from qlora_tune.errors import MAX_LISTED, ModelError, TemplateError
 from qlora_tune.preview import mark_tokens
 from qlora_tune.runs import Run
 from qlora_tune.scores import METRICS, is_exact_match
@@ -284,7 +284,7 @@ def chat_loop(reply: Reply, fit: Callable[[list[Message]], list[Message]]) -> No
             asked = [*messages, Message(role="user", content=line)]
             try:
                 fitting = fit(asked)
-            except ModelError as error:
+            except (ModelError, TemplateError) as error:
                 say(str(error))
                 continue
             if len(fitting) < len(asked) and not told:

@@ -107,7 +107,13 @@ def test_a_mixture_a_selection_and_pairs_are_written(
         (["check", "nobody/nothing-here"], "no dataset of the hub that can be had"),
         (["pairs", "--output", "X"], "Name the documents"),
         (["pairs", "ROWS", "--output", "X", "--endpoint", "http://localhost:1/v1"], "together with --model"),
+        (["pairs", "ROWS", "--output", "X", "--rows", "3", "--api-key-env", "K"], "--rows, --api-key-env: only an end"),
         (["mix", "nowhere.toml", "X"], "no such file"),
+        (["select", "ROWS", "--rows", "2", "--output", "X", "--by", "length", "--run", "a"], "By length it says"),
+        (
+            ["select", "ROWS", "--rows", "2", "--output", "X", "--run", "a", "--runs-dir", "elsewhere"],
+            "in elsewhere yet",
+        ),
         (["select", "ROWS", "--rows", "0", "--output", "X"], "rows"),
     ],
 )

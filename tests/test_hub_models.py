@@ -120,7 +120,9 @@ def test_a_dry_run_shows_every_file_and_asks_for_no_token(
         assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
         assert f"{file.name} " in said
         assert f"{file.size:,}" in said
-    assert main(["export", str(run.path), "--dry-run"]) == 2
+    for alone in ("--dry-run", "--public", "--dtype=float32", "--into=original"):
+        assert main(["export", str(run.path), alone]) == 2
+        assert f"{alone.partition('=')[0]} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "a/", "/b", "../b", "a b/c", "-a/b", "a/b?c", "https://x/y"])

@@ -159,6 +159,8 @@ def test_discarding_kills_a_run_and_removes_its_folder(running: Run) -> None:
     runs_dir = running.path.parent
     discard_run(running)
     assert list(runs_dir.iterdir()) == []
+    with pytest.raises(RunError, match="no such run|state.json"):
+        discard_run(running)
     wait_for(lambda: not psutil.pid_exists(pid), "end of the process")
     wait_for(is_free, "free device")
 
@@ -260,6 +262,15 @@ def test_uploads_go_with_the_last_run_that_was_trained_on_them(tmp_path: Path) -
     assert foreign.exists()
 
 
+def test_uploads_of_an_experiments_runs_count_as_used(tmp_path: Path) -> None:
+    used = upload(tmp_path, "used.jsonl")
+    ended(tmp_path / "runs" / "experiment", "all", used)
+    os.utime(used, (0, time.time() - 90_000))
+    remove_old_uploads(tmp_path / "runs")
+    delete_run(ended(tmp_path / "runs", "one", used))
+    assert used.exists()
+
+
 def test_held_out_uploads_count_as_used(tmp_path: Path) -> None:
     held = upload(tmp_path, "held.jsonl")
     one = ended(tmp_path / "runs", "one", tmp_path / "own.jsonl", held)
@@ -306,6 +317,20 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="this run exists"):
         rename_run(one, "one")
     assert set(list_runs(tmp_path)) == {one, two}
+
+
+def test_runs_that_began_with_a_renamed_one_know_its_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, later, other = (ended(tmp_path, name) for name in ("one", "later", "other"))
+    later.update_state(began_with=str(one.path.resolve()))
+    other.update_state(began_with=str(tmp_path / "elsewhere"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "is_alive", lambda run: run.name == "later")
+        with pytest.raises(RunError, match="one can't be renamed: later, which began with it, is running"):
+            rename_run(one, "new")
+    assert one.path.is_dir()
+    rename_run(one, "new")
+    assert later.read_state()["began_with"] == str((tmp_path / "new").resolve())
+    assert other.read_state()["began_with"] == str(tmp_path / "elsewhere")
 
 
 def test_a_run_can_not_take_the_name_of_the_folder_of_uploads(tmp_path: Path) -> None:

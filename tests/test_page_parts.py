@@ -84,11 +84,11 @@ def row(text: str, folder: Path) -> str:
     messages[1]["tool_calls"] = [{"name": text, "arguments": {text: text}}]
     tokens = [Token(text, True, False), Token(text, False, True)]
     example = Example(messages, text, text)
-    return parts.show_row(RowView(text, {text: text}, text, [example], [tokens], [text]))
+    return parts.show_row(RowView(text, 1, {text: text}, text, [example], [tokens], [text]))
 
 
 def unreadable_row(text: str, folder: Path) -> str:
-    return parts.show_row(RowView("a:1", text, problems=[text]))
+    return parts.show_row(RowView("a", 1, text, problems=[text]))
 
 
 def conversation(text: str, folder: Path) -> str:
@@ -224,7 +224,7 @@ def test_control_characters_are_shown_as_pictures_in_a_report_too(tmp_path: Path
 
 def test_learned_tokens_are_marked_and_counted() -> None:
     tokens = [Token("a", False, False), Token("b", True, False), Token("</s>", True, True)]
-    html = parts.show_row(RowView("d.jsonl:7", {}, "alpaca", [], [tokens]))
+    html = parts.show_row(RowView("d.jsonl", 7, {}, "alpaca", [], [tokens]))
     assert "3 tokens, 2 learned" in html
     assert '<span class="">a</span><span class="l">b</span><span class="l c">&lt;/s&gt;</span>' in html
     assert "d.jsonl:7" in html

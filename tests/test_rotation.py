@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -211,6 +212,13 @@ def test_rows_of_a_file_called_unseen_do_not_take_the_place_of_the_unseen_tasks(
     assert main(["evaluate", str(run.path), "--data", str(other)]) == 0
     assert (run.path / "scores-unseen.json").read_bytes() == before
     assert read_comparison(run, "other-unseen").total().rows == 1
+    own, folder = (run.path / "scores.json").read_bytes(), other.parent / "folder of rows"
+    folder.mkdir()
+    shutil.move(other, folder)
+    with contextlib.chdir(folder):
+        assert main(["evaluate", str(run.path), "--data", "."]) == 0
+    assert (run.path / "scores.json").read_bytes() == own
+    assert read_comparison(run, "folder of rows").total().rows == 1
 
 
 @pytest.mark.parametrize("name", ["seed", "lora_r"])

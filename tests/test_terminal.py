@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from qlora_tune import terminal
+from qlora_tune.errors import TemplateError
 from qlora_tune.terminal_progress import TrainProgress
 
 
@@ -16,3 +20,20 @@ def test_each_held_out_loss_is_printed_once_where_lines_are_few(capsys: pytest.C
                 progress.update({"step": number, "eval_loss": number / 100})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split("held-out ")[1].split()[0] for line in lines if "held-out" in line] == ["0.060", "0.200"]
+
+
+def test_a_chat_outlives_a_system_prompt_that_the_template_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["/system Be brief", "hello", "/clear", "/system", "hello", "/quit"])
+    monkeypatch.setattr(terminal.console, "input", lambda _: next(lines))
+
+    def fit(messages: list[Any]) -> list[Any]:
+        if messages[0]["role"] == "system":
+            raise TemplateError("System role not supported")
+        return messages
+
+    terminal.chat_loop(lambda messages, tuned: iter(["Hi."]), fit)
+    shown = capsys.readouterr().out
+    assert shown.count("System role not supported") == 1
+    assert shown.count("Hi.") == 1
