@@ -253,7 +253,9 @@ def compare_runs(names: list[str], which: Any) -> tuple[str, str, str, str]:
 def first_tuned(names: list[str]) -> Any:
     run = find_run(names[0] if names else None)
     run.require_adapter()
-    return open_adapter(run.adapter), run
+    trained = open_adapter(run.adapter)
+    launch.refuse_busy_gpu(trained.device)
+    return trained, run
 
 
 def export_report(names: list[str]) -> tuple[Any, str]:

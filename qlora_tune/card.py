@@ -13,7 +13,7 @@ from qlora_tune.comparison import measure_table, read_comparison, score_table
 from qlora_tune.config import BUILTIN, TrainConfig
 from qlora_tune.pair_scores import SCORES
 from qlora_tune.parity import Parity
-from qlora_tune.recipe import RECIPE, describe_method, describe_recipe
+from qlora_tune.recipe import RECIPE, describe_heldout, describe_method, describe_recipe
 from qlora_tune.runs import Run, read_json
 
 Form = Literal["adapter", "gguf", "quantized", "original"]  # the last two are what a merged model was merged into
@@ -133,7 +133,7 @@ def _data_lines(run: Run) -> list[str]:
     data = read_json(run.path / "data.json")
     lines = [
         f"{data['train_sequences']} sequences of {data['train_tokens']:,} tokens, of which {data['learned_tokens']:,} "
-        f"(the answers) are learned; {data['rows_heldout']} rows held out.",
+        f"(the answers) are learned; {describe_heldout(data)}.",
         "",
     ]
     if not data.get("files"):

@@ -21,7 +21,7 @@ from qlora_tune.errors import ConfigError, ModelError
 from qlora_tune.export import ADAPTER_FILES, PACKED_FILES, Trained, open_adapter
 from qlora_tune.generate import answer_prompts, fit_context, room_for, stream_reply
 from qlora_tune.hub_models import fetch_adapter, is_repository
-from qlora_tune.launch import refuse_busy_device
+from qlora_tune.launch import refuse_busy_gpu
 from qlora_tune.reward_model import RewardModel, conversation, load_reward_model
 from qlora_tune.runs import Run, list_runs, open_run
 from qlora_tune.shapes import Example
@@ -172,8 +172,7 @@ def load_chat(
     holds the GPU, whose memory would not do for both.
     """
     trained = open_adapter(adapter, model_name_or_path)
-    if trained.device.kind == "cuda":
-        refuse_busy_device("cuda")
+    refuse_busy_gpu(trained.device)
     model = trained.load()
     rewards = load_reward_model(judge, (trained, model)) if judge else None
     return ChatModel(model, trained.chat, trained.load_merged(merged) if merged else None, rewards)

@@ -207,6 +207,7 @@ def export(
     """Export a run's adapter as a zip, as GGUF, or the merged model; each is loaded again and compared."""
     from qlora_tune.export import export_adapter, export_gguf, merge_adapter
     from qlora_tune.hub_models import check_repository, require_token
+    from qlora_tune.launch import refuse_busy_gpu
     from qlora_tune.leaks import has_its_data
 
     if merged and gguf:
@@ -218,6 +219,7 @@ def export(
     token = require_token() if push_to_hub and check_repository(push_to_hub) and not dry_run else None
     found = find_run(run, runs_dir)
     trained = open_trained(found, model_name_or_path)
+    refuse_busy_gpu(trained.device)
     if merged:
         target = output or found.path / "merged"
         parity = merge_adapter(trained, found, target, into or "quantized", dtype or "bfloat16")

@@ -233,12 +233,14 @@ def _score_difficulty(config: TrainConfig, examples: list[Example], run: Path | 
     from qlora_tune import model as models
     from qlora_tune.base import find_base
     from qlora_tune.export import open_adapter
+    from qlora_tune.launch import refuse_busy_gpu
     from qlora_tune.prepare import precision_of, quantization_of
     from qlora_tune.runs import open_run
     from qlora_tune.selection import score_ifd
 
     if run is not None:
         trained = open_adapter(open_run(run, config.runs_dir).adapter)
+        refuse_busy_gpu(trained.device)
         model, chat = trained.load(), trained.chat
     else:
         base, device = find_base(config.model_name_or_path, config.model_revision), models.detect_device()

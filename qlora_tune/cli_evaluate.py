@@ -14,12 +14,14 @@ from qlora_tune.config import TrainConfig
 from qlora_tune.contracts import read_contracts
 from qlora_tune.data import DataReport
 from qlora_tune.errors import ConfigError
-from qlora_tune.model import quiet_stack
+from qlora_tune.launch import refuse_busy_gpu
+from qlora_tune.model import detect_device, quiet_stack
 from qlora_tune.runs import UNSEEN, Run, latest_run
 from qlora_tune.terminal import say
 
 OTHER_HELP = "Score on the rows of these files instead of the held-out ones; may repeat."
 CONTRACTS_HELP = "TOML file of what the answers of each task must hold, instead of the run's own."
+LONGEST_NAME = 100  # of files that were scored on, in the names of what is written of them
 OUTPUT_HELP = "Folder for the scores of what is no run; NAME-scores by itself."
 
 
@@ -57,14 +59,17 @@ def _evaluate_run(run: Run, data: tuple[str, ...], contracts: Path | None, model
     config = run.read_config()
     if contracts:
         config = config.model_copy(update={"contracts": str(contracts)})
+    if not config.score_rows:  # that was for the end of training
+        config = config.model_copy(update={"score_rows": TrainConfig().score_rows})
     trained = open_trained(run, model_name_or_path)
+    refuse_busy_gpu(trained.device)
     if not data:
         score_run(run, config, trained.load(), trained.chat, run.read_heldout(), run.read_unseen())
         return
     examples, report = other_examples(run, data, trained.chat)
     _show_left_out(report)
     # Files and folders are named as they are called, "." too. "" and "unseen" are the run's own rows.
-    name = "-".join(Path(file).resolve().stem for file in data)
+    name = "-".join(Path(file).resolve().stem for file in data)[:LONGEST_NAME]
     score(run, config, trained.load(), trained.chat, examples, f"other-{name}" if name in ("", UNSEEN) else name)
 
 
@@ -91,6 +96,9 @@ def _evaluate_outsider(
     folder = output or Path(f"{name.stem if name.suffix == '.zip' else name.resolve().name}-scores")
     if folder.exists() and not (folder / "scores.json").is_file():
         raise ConfigError(f"{folder}: is there already and holds no scores. Choose another place with --output.")
+    if (folder / "state.json").exists():
+        raise ConfigError(f"{folder}: is a run, which keeps its own scores. Choose another place with --output.")
+    refuse_busy_gpu(detect_device())
     outsider = open_outsider(place, model_name_or_path, load_in_4bit)
     examples, report = find_rows(outsider, data)
     _show_left_out(report)

@@ -32,7 +32,7 @@ from qlora_tune.shapes import (
     reject_example,
     to_examples,
 )
-from qlora_tune.turns import RowError
+from qlora_tune.turns import RowError, has_surrogate
 
 # What rows take in memory for each byte of their file, at most: those of 350 bytes took 2.8, longer ones less
 # (docs/log.md).
@@ -110,6 +110,8 @@ def find_data(paths: Sequence[str | Path]) -> list[str]:
         else:
             files = [str(file.resolve()) for file in list_files(Path(path))]
             found += dict.fromkeys(files) if Path(path).is_dir() else files  # a folder may link to one file twice
+    if odd := next(filter(has_surrogate, found), None):  # a run keeps its files' names as text
+        raise DataError(f"{odd}: holds bytes that are no UTF-8 in its name or a folder's. Rename that.")
     return found
 
 

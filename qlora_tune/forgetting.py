@@ -37,15 +37,18 @@ class Forgetting:
         )
 
 
-def measure_forgetting(model: Any, tokenizer: Any, path: Path, batch_size: int) -> Forgetting:
+def measure_forgetting(model: Any, tokenizer: Any, path: Path, batch_size: int) -> Forgetting | None:
     """Read a text with the adapter and without it, in windows of WINDOW tokens.
 
-    `model` is a PEFT model. Each window stands alone: its first token is given, the others are foretold.
+    `model` is a PEFT model. Each window stands alone: its first token is given, the others are foretold. None for a
+    text of a single token, which foretells nothing.
     """
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     width = min(WINDOW, context_length(model))
     windows = [ids[start : start + width] for start in range(0, len(ids), width)]
     packed = [pack_sequence(window, [IGNORED, *window[1:]]) for window in windows if len(window) > 1]
+    if not packed:
+        return None
 
     def read() -> dict[PackedSequence, float]:
         with faster_answers(model):

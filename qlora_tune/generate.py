@@ -74,13 +74,14 @@ def answer_prompts(
 ) -> list[tuple[str, bool]]:
     """Answer prompts, given as tokens, in batches of similar length; greedily at temperature 0.
 
-    Returns for each, in order, its answer and whether that came to its end of turn within max_new_tokens.
-    `on_progress` is called with the number answered so far.
+    Returns for each, in order, its answer and whether that came to its end of turn within max_new_tokens and the
+    context; a prompt that fills the context gets none. `on_progress` is called with the number answered so far.
     """
     import torch
 
-    stops = set(stop_ids(chat))
+    stops, context = set(stop_ids(chat)), context_length(model)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = [index for index in order if len(prompts[index]) < context]
     answers = [("", False)] * len(prompts)
     model.eval()
     with faster_answers(model):
@@ -98,16 +99,21 @@ def answer_prompts(
 def _answer_batch(
     model: Any, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, top_p: float
 ) -> list[list[int]]:
-    """The tokens of one batch's answers, through their end of turn. The batch shrinks as answers end."""
+    """The tokens of one batch's answers, through their end of turn. The batch shrinks as answers end.
+
+    None goes beyond the context, where a base with learned positions fails and others were never trained.
+    """
     import torch
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     stops = set(stop_ids(chat))
     rows: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
+    context = context_length(model)
+    rooms = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    going = open_ones = list(range(len(prompts)))
     model, inputs = _behind_virtual_tokens(model, _pad_left(prompts, chat.tokenizer.pad_token_id))
-    left = max_new_tokens
     while True:
+        left = min(rooms[index] - len(rows[index]) for index in open_ones)
         found = model.generate(
             **inputs,
             generation_config=_generation_config(
@@ -118,10 +124,10 @@ def _answer_batch(
         tokens = found.sequences[:, inputs["input_ids"].shape[1] :]
         for index, row in zip(going, tokens.tolist(), strict=True):
             rows[index] += row
-        left -= tokens.shape[1]
-        kept = [place for place, index in enumerate(going) if not stops & set(rows[index])]
-        if not kept or left <= 0:
-            return rows
+        open_ones = [index for index in open_ones if not stops & set(rows[index]) and len(rows[index]) < rooms[index]]
+        if not open_ones:
+            return [row[:room] for row, room in zip(rows, rooms, strict=True)]
+        kept = [place for place, index in enumerate(going) if index in open_ones]
         ids, cache = found.sequences, found.past_key_values  # None of a base that keeps other states
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1]), value=1)
         # Layers that hold more than keys and values don't leave out rows of all that they hold.

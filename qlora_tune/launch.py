@@ -19,6 +19,7 @@ from threading import Thread
 
 from qlora_tune.config import UPLOADS, TrainConfig
 from qlora_tune.errors import ConfigError, RunError
+from qlora_tune.model import Device
 from qlora_tune.runs import Run, list_runs, new_run
 
 LOCK_VARIABLE = "QLORA_TUNE_LOCK"  # in a launched process: the number of the locked file that it was handed
@@ -72,6 +73,12 @@ def refuse_busy_device(kind: str) -> None:
     """Raise RunError early where a run holds the device already, before rows are read for another one."""
     if LOCK_VARIABLE not in os.environ:
         lock_device(kind).release()
+
+
+def refuse_busy_gpu(device: Device) -> None:
+    """Raise RunError where a run holds the GPU, whose memory would not do for a second model. A CPU's holds both."""
+    if device.kind == "cuda":
+        refuse_busy_device("cuda")
 
 
 def launch_run(config: TrainConfig, kind: str, began_with: str = "") -> Run:

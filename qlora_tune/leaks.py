@@ -36,6 +36,7 @@ _COMMON_NAMES = {
 # A vocabulary holds pieces of paths, and names, that are nobody's: each entry was frequent in the base's training text.
 # So a vocabulary (tokenizer.model, vocab.json, merges.txt, that part of tokenizer.json) is searched for everything but
 # names and paths in general.
+_VOCABULARIES = ("tokenizer.model", "merges.txt")  # that are no JSON; the first is binary
 _BORDER = "\0"  # between strings
 _LOCAL_PATH = re.compile(r"(?<![\w.:/-])(?:/(?:home|root|Users|tmp|var|work|mnt|opt|content)/|[A-Za-z]:\\\\?)\S+")
 # The forms in which services hand out keys, as their own secret scanners look for them.
@@ -89,11 +90,13 @@ def refuse_private(folder: Path, private: Private, base: Path, public: Iterable[
 
     Searched are names of files, whole text files (JSON as the strings it stands for), and what safetensors and GGUF
     files say of themselves; their tensors are loaded and compared elsewhere. Words of the files in the folder `base`
-    and of the texts in `public` are known to the world.
+    and of the texts in `public` are known to the world, and so are the long entries of the base's vocabulary, such as
+    rulers of 64 dashes; its short ones are no words of anybody's.
     """
-    ours = [path for path in _files(base) if path.suffix in (".json", ".jinja")]
-    known = [*public, *(text for path in ours for text, full in _read(path) if full)]
-    known_pieces = {piece for text in known for piece in _pieces(text)}
+    ours = [path for path in _files(base) if path.suffix in (".json", ".jinja") or path.name in _VOCABULARIES]
+    texts = [found for path in ours for found in _read(path)]
+    known = [*public, *(text for text, full in texts if full)]
+    known_pieces = {piece for text in (*public, *(text for text, _ in texts)) for piece in _pieces(text)}
     known_words = set(re.findall(r"\w+", "\n".join(known).lower()))
     names = {name for name in private.names if name not in known_words}
     searched = [("the name of the export", folder.name, True)]
@@ -155,7 +158,7 @@ def _read(path: Path) -> list[tuple[str, bool]]:
     if path.suffix == ".gguf":
         return [(read_header_text(path), True)]
     text = path.read_text(encoding="utf-8", errors="replace")
-    if path.name in ("tokenizer.model", "merges.txt"):  # the first is binary
+    if path.name in _VOCABULARIES:
         return [(_join(re.findall(r"[^\x00-\x1f\ufffd]{16,}", text)), False)]
     if path.suffix != ".json":
         return [(text, True)]

@@ -6,9 +6,10 @@ What this module returns is what the preview shows and what the trainer gets.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
         report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
+    heldout_examples = _cut_chats(chat, heldout_examples, config.max_length)
     unseen_examples, unseen_problems = leave_out_long(chat, unseen_examples, config.max_length)
     report.problems += train_problems + heldout_problems + unseen_problems
     if not train:
@@ -276,10 +278,31 @@ def leave_out_seen(
 def leave_out_long(
     chat: ChatFormat, examples: Sequence[Example], max_length: int
 ) -> tuple[list[Example], list[DataProblem]]:
-    """Leave out examples that the template can't write within max_length [tokens], and say which."""
+    """Leave out examples that the template can't write within max_length [tokens], and say which; cut long chats."""
     sequences, problems = tokenize_examples(chat, examples, max_length)
     whole = {sequence.source for sequence in sequences}
-    return [example for example in examples if example.source in whole], problems
+    kept = [example for example in examples if example.source in whole]
+    return _cut_chats(chat, kept, max_length), problems
+
+
+def _cut_chats(chat: ChatFormat, examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Chats as far as the last learned answer within max_length [tokens]: the one that is asked for in scoring.
+
+    Tokenizing cuts them there too. One that has none stays as it is.
+    """
+    cut = []
+    for example in examples:
+        turns = example.messages
+        ends = [n for n, turn in enumerate(turns, 1) if turn["role"] == "assistant" and turn.get("learn", True)]
+        if len(ends) > 1 and count_tokens(chat, turns, example.tools) > max_length:
+
+            def length(end: int, turns: Any = turns, tools: Any = example.tools) -> int:
+                return count_tokens(chat, turns[:end], tools)
+
+            fitting = bisect_right(ends, max_length, key=length)
+            example = replace(example, messages=turns[: ends[fitting - 1]]) if fitting else example
+        cut.append(example)
+    return cut
 
 
 def _refuse_changed(run: Run, files: Sequence[str]) -> None:

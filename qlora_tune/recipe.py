@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -148,11 +149,19 @@ def describe_method(config: TrainConfig) -> str:
     return f"{method}, then trained on preference pairs ({loss})," if config.preference_data else method
 
 
+def describe_heldout(data: Mapping[str, Any]) -> str:
+    """What a run's data.json says of the rows, or pairs, that were kept out of training."""
+    if "pairs_heldout" in data:
+        return f"{data['pairs_heldout']:,} pairs held out; {data['rows_heldout']:,} held-out rows to score"
+    return f"{data['rows_heldout']:,} rows held out"
+
+
 def describe_recipe(run: Run) -> list[tuple[str, str]]:
     """Data by name and size, then the settings that matter: names of files, not where they lie."""
     config, state, data = run.read_config(), run.read_state(), read_json(run.path / "data.json")
     files = ", ".join(Path(file).name for file in config.preference_data or config.data) or "the built-in sample"
-    rows = f"{data['rows_in']:,} rows read, {data['rows_rejected']:,} rejected, {data['rows_heldout']:,} held out"
+    what = "pairs" if "pairs_heldout" in data else "rows"
+    rows = f"{data['rows_in']:,} {what} read, {data['rows_rejected']:,} rejected, {describe_heldout(data)}"
     if unseen := data.get("rows_unseen"):
         rows += f", {unseen:,} of tasks kept out of training"
     tokens = f"{data['train_tokens']:,} tokens, {data['learned_tokens']:,} learned"

@@ -17,7 +17,7 @@ from qlora_tune.chat_format import ChatFormat
 from qlora_tune.config import TrainConfig
 from qlora_tune.errors import ModelError, TemplateError
 from qlora_tune.export import Trained, open_adapter
-from qlora_tune.launch import refuse_busy_device
+from qlora_tune.launch import refuse_busy_gpu
 from qlora_tune.preferences import read_kept_pairs
 from qlora_tune.runs import open_run
 from qlora_tune.scores import Interval, bootstrap_mean
@@ -115,8 +115,7 @@ def load_reward_model(trained: Trained, beside: tuple[Trained, Any] | None = Non
     if beside and _how_held(beside[0]) == _how_held(trained):
         model = beside[1]
     else:
-        if trained.device.kind == "cuda":
-            refuse_busy_device("cuda")
+        refuse_busy_gpu(trained.device)
         model = _load_body(trained)
     model = adapters.load_adapter(model, trained.adapter, trained.base, ON_ANSWERER)
     kept, _ = read_kept_pairs(trained.adapter.resolve().parent)

@@ -19,7 +19,7 @@ from qlora_tune.errors import ConfigError, DataError, ModelError, TemplateError,
 from qlora_tune.evaluate import draw, through_learned, write_reference
 from qlora_tune.export import Trained, open_adapter
 from qlora_tune.generate import ANSWER_SHARE, answer_prompts
-from qlora_tune.launch import refuse_busy_device
+from qlora_tune.launch import refuse_busy_gpu
 from qlora_tune.prepare import leave_out_seen, load_others
 from qlora_tune.runs import Run
 from qlora_tune.shapes import Example
@@ -249,8 +249,7 @@ def _ask_models(
 ) -> dict[str, list[str]]:
     """The answers of the adapters and the base, from one loaded base that all adapters are put on."""
     first = panel.adapters[0][1]
-    if first.device.kind == "cuda":
-        refuse_busy_device("cuda")
+    refuse_busy_gpu(first.device)
     model = models.load_base(first.base, first.device, first.precision, first.quantization)
     chats, places = {}, {}
     for number, (name, trained) in enumerate(panel.adapters):

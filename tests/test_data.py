@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_tune.containers import read_rows
-from qlora_tune.data import drop_seen, duplicate_key, label_files, load_examples, split_heldout
+from qlora_tune.data import drop_seen, duplicate_key, find_data, label_files, load_examples, split_heldout
 from qlora_tune.errors import DataError
 from qlora_tune.shapes import DataProblem, Example, Row, detect_format, to_examples
 from qlora_tune.turns import Message
@@ -254,3 +255,11 @@ def test_real_files_add_up(shared_data: Path, name: str) -> None:
     assert report.rows_in == len(rows) == report.kept + report.rejected
     assert report.kept == len(examples)
     assert not any(isinstance(row, DataProblem) for row in rows)
+
+
+def test_a_name_that_is_no_utf_8_is_refused_in_words(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/donn\xe9es.jsonl")).write_text(json.dumps(GOOD))
+    with pytest.raises(DataError, match="no UTF-8 in its name"):
+        find_data([folder])

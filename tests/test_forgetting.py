@@ -99,3 +99,10 @@ def test_each_base_is_measured_on_a_page_it_can_read() -> None:
     assert other is not None
     assert own.parent.name == "builtin"
     assert "moving_average" in other.read_text()
+
+
+def test_a_text_of_one_token_foretells_nothing(model: Any, trained: Any, tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("a")
+    assert len(trained.tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]) == 1
+    assert measure_forgetting(model, trained.tokenizer, path, 4) is None

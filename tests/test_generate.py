@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_tune import generate
 from qlora_tune.errors import ModelError
@@ -181,3 +182,29 @@ def test_the_speed_up_ends_with_the_last_of_several_answers(builtin: Any) -> Non
     assert patched(model)
     second.__exit__(None, None, None)
     assert not patched(model)
+
+
+@pytest.mark.parametrize("room", [1, 5, 40])
+def test_answers_end_where_the_context_does(finished: Any, room: int) -> None:
+    """A base with learned positions has none beyond; rows in one batch have room of their own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    chat = finished[2].setup.chat
+    prompts = [[5] * length for length in (64 - room, 20, 64, 70)]
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(chat.tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    stops = list(stop_ids(chat))
+    with torch.no_grad():
+        model.transformer.wte.weight[stops] = 0  # and so are their logits: it never ends by itself
+    counted = []
+    decode = generate.decode_answer
+
+    def count(chat: Any, row: list[int]) -> str:
+        counted.append(len(row))
+        return str(decode(chat, row))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "decode_answer", count)
+        answers = generate.answer_prompts(model, chat, prompts, max_new_tokens=30, batch_size=4)
+    assert counted == [30, min(30, room)]  # by length of the prompt
+    assert answers[2:] == [("", False)] * 2

@@ -206,3 +206,15 @@ def test_rows_that_memory_does_not_hold_are_not_left_unsearched(
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(MemoryLimitError, match="GB are free"):
         find_private(run, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"])
+def test_a_ruler_in_a_bases_vocabulary_is_no_text_of_the_data(leaving: Path, base: Path, file: str) -> None:
+    ruler = "-" * 64
+    words = {"tokenizer.json": json.dumps({"model": {"vocab": {ruler: 1}}}), "vocab.json": json.dumps({ruler: 1})}
+    private = Private(frozenset(), frozenset(), (f"Total\n{'-' * 41}\n12",))
+    (leaving / file).write_text(words.get(file, f"#version\n{ruler}\n"))
+    with pytest.raises(ExportError, match="holds '-{40}', a text of the run's own data"):
+        refuse_private(leaving, private, base)
+    (base / file).write_text(words.get(file, f"#version\n{ruler}\n"))
+    refuse_private(leaving, private, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,30 @@ def test_what_can_t_be_scored_is_refused_in_words(shared_zip: Path, rows: Path, 
         assert message in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ModelError, match="for whole models"):
         open_outsider(tmp_path / "notes", None, True)
+
+
+def test_scores_of_a_model_never_take_the_place_of_a_runs(
+    shared_zip: Path,
+    rows: Path,
+    run: Any,  # noqa: F811
+    capsys: Any,
+) -> None:
+    kept = {path.name: path.read_bytes() for path in run.path.glob("*.json")}
+    assert "scores.json" in kept
+    assert main(["evaluate", str(shared_zip), "--data", str(rows), "--output", str(run.path)]) == 2
+    assert "is a run, which keeps its own scores" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name: path.read_bytes() for path in run.path.glob("*.json")} == kept
+
+
+def test_a_run_that_was_not_scored_is_scored_when_asked_on_files_of_any_number(
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    copy = Run(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    config = copy.path / "config.toml"
+    config.write_text(re.sub(r"score_rows = \d+", "score_rows = 0", config.read_text()))
+    files = [write_part(tmp_path / f"customer-support-part-{n:03}.jsonl", HELDOUT, slice(n, n + 1)) for n in range(12)]
+    assert main(["evaluate", str(copy.path), *(word for file in files for word in ("--data", file))]) == 0
+    (scores,) = copy.path.glob("scores-customer*.json")
+    assert len(scores.name) < 130
+    assert len(json.loads(scores.read_text())["answers"]) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import settings
 
 from qlora_tune.cli import main
-from qlora_tune.prepare import count_tokens, prepare_data
+from qlora_tune.prepare import count_tokens, leave_out_long, prepare_data
 
 
 def write_chats(path: Path, *exchanges: int) -> Path:
@@ -120,3 +121,27 @@ def test_more_rows_than_memory_holds_are_refused_before_they_are_read(
     assert "GB are free. Take a part of them" in said
     assert "part.jsonl" in said
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_held_out_chat_is_scored_as_far_as_it_is_tokenized(builtin: Any, tmp_path: Path) -> None:
+    turns = [
+        {"role": role, "content": f"{role} number {number}, in a few words"}
+        for number in range(15)
+        for role in ("user", "assistant")
+    ]
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"prompt": "Say a", "completion": "a"}) + "\n")
+    other = tmp_path / "d.jsonl"
+    other.write_text(json.dumps({"prompt": "Say b", "completion": "b"}) + "\n")
+    config = settings(data=str(other), heldout_data=str(path), max_length="96")
+    found = prepare_data(config, builtin[2])
+    chat, short = found.heldout_examples
+    (whole,) = [sequence for sequence in found.heldout if sequence.source == chat.source]
+    assert 2 < len(chat.messages) < len(turns)
+    assert chat.messages == tuple(turns[: len(chat.messages)])
+    (again,) = builtin[2].tokenize_example(chat.messages)
+    assert again.input_ids == whole.input_ids, "the answer that is asked for is the last that the loss counts"
+    assert len(short.messages) == 2
+    kept, problems = leave_out_long(builtin[2], [replace(chat, messages=tuple(turns))], 96)
+    assert [example.messages for example in kept] == [chat.messages]
+    assert len(problems) == 1
