@@ -31,8 +31,10 @@ CPU_LIBRARIES = 630_000_000  # torch, transformers, peft, trl, bitsandbytes, dat
 CUDA_BUILD = 360_000_000  # what libraries of a GPU take besides where torch's build for one runs on a CPU
 # On a CPU what autograd keeps lies in an arena, to the byte. Around it are passing tensors, some in places there and
 # some in glibc's heap, whose holes are larger than they; what the optimizer and torch's sums of gradients leave there,
-# by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use.
-PASSING, HOLES, UNKEPT = 5.2, 1.3, 10
+# by the adapter's bytes; and where weights are not kept, those of a layer, dequantized at each use. By bytes of a
+# number: in float32, for processors without bfloat16, products are MKL's, which copies less and compiles nothing.
+PASSING, UNKEPT, HOLES = {2: 5.2, 4: 3.7}, {2: 10, 4: 1}, 1.3
+LOOSE, AGAIN = 0.13, 1.4  # in float32, of activations what glibc's heap wastes; and of unquantized layers
 # oneDNN's kernels: those of a short run, which a base of next to nothing hardly has, and those of each length of a
 # micro-batch beyond. About 40 go with a length, and oneDNN keeps 1,024 of them.
 FIRST_SHAPES, SHAPE, SHAPES_AT_FIRST, SHAPES_AT_MOST = 35_000_000, 24_000_000, 8, 25
@@ -126,8 +128,8 @@ def estimate_memory(
     `lengths` are those of the rows [tokens]; `learned_share` the share of positions that are learned; `fit` by
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
     activations are held follows the functions in fused.py. On a CPU, the libraries taken off, within 10 % of the
-    medians of 24 combinations and within a fifth of single short runs (benchmarks/memory.py), to which four of the
-    constants are fitted. Loading the base, which for a moment holds all of its file, is not covered. Not measured on
+    medians of 24 combinations in bfloat16 and within a fifth of single short runs (benchmarks/memory.py), to which four
+    of the constants are fitted; in float32, three others, within 10 % of 18 of them. Loading the base, which for a moment holds all of its file, is not covered. Not measured on
     a GPU.
     """
     shape = read_shape(base)
@@ -172,21 +174,27 @@ def _fast_bytes(
     learned = int(tokens * learned_share)
     tile = min(HEAD_ROWS, learned) * min(HEAD_WORDS, shape.vocabulary) * (2 * unit + 4)
     copies = tokens * unit * (4 * shape.mlp + 2 * shape.hidden)
-    passing = PASSING * (copies + tile) if on_cpu else max(copies, tile + learned * shape.hidden * (2 * unit + 8))
+    if on_cpu:
+        passing = PASSING[unit] * (copies + (tile if unit == 2 else 0))
+    else:
+        passing = max(copies, tile + learned * shape.hidden * (2 * unit + 8))
     parameters = _adapter_parameters(shape, config)
     parts = {
         "activations": int(held + by_kernel),
         "temporary copies and loss head": int(passing),
         "adapter in compute precision": parameters * unit,
     }
-    if on_cpu:
+    if on_cpu and unit == 4:
+        parts["holes in the heap"] = int(HOLES * 4 * parameters + LOOSE * (held + by_kernel))
+        parts["copies of unquantized layers"] = int(AGAIN * unit * shape.other)
+    elif on_cpu:
         parts["holes in the heap"] = int(HOLES * 4 * parameters)
         seen = min(_count_lengths(config, fit.max_tokens, lengths), SHAPES_AT_MOST)
         parts["kernels by length"] = FIRST_SHAPES + SHAPE * max(0, seen - SHAPES_AT_FIRST)
     if config.load_in_4bit and fit.keep_weights:
         parts["weights kept dequantized"] = shape.in_layers * unit
     elif config.load_in_4bit and on_cpu:
-        parts["weights in use dequantized"] = int(UNKEPT * unit * shape.in_layers / max(1, shape.layers))
+        parts["weights in use dequantized"] = int(UNKEPT[unit] * unit * shape.in_layers / max(1, shape.layers))
     return parts
 
 
