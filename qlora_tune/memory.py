@@ -129,8 +129,8 @@ def estimate_memory(
     default the first possible one. Scoring after training is not covered. Weights by QLoRA (arXiv 2305.14314); what
     activations are held follows the functions in fused.py. On a CPU, the libraries taken off, within 10 % of the
     medians of 24 combinations in bfloat16 and within a fifth of single short runs (benchmarks/memory.py), to which four
-    of the constants are fitted; in float32, three others, within 10 % of 18 of them. Loading the base, which for a moment holds all of its file, is not covered. Not measured on
-    a GPU.
+    of the constants are fitted; in float32, three others, within 10 % of 18 of them. Loading the base, which for a
+    moment holds all of its file, is not covered. Not measured on a GPU.
     """
     shape = read_shape(base)
     on_cpu = device.kind == "cpu"
