@@ -390,10 +390,13 @@ def test_a_run_writes_values_that_json_does_not_know_as_text(tmp_path: Path) -> 
     assert kept.messages[1]["tool_calls"][0]["arguments"] == {"day": "2024-02-29"}
 
 
-def test_scoring_asks_with_the_tools_and_expects_the_call_as_the_model_writes_it(finished: Any) -> None:
+def test_scoring_asks_with_the_tools_and_expects_the_call_as_the_model_writes_it(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qlora_tune.evaluate import compare
 
     chat, model = finished[2].setup.chat, finished[2].model
+    monkeypatch.setattr(model.config, "max_position_embeddings", 1024)  # tools take more than the base's 256 tokens
     short = {"type": "function", "function": {"name": "add"}}
     unlearned = (Message(role="user", content="So?"), Message(role="assistant", content="Dunno", learn=False))
     messages = (*talk(ToolCall(name="add", arguments={"a": 1}))[1:3],)
