@@ -112,12 +112,15 @@ def tab(chromium: Any) -> Iterator[Any]:
     page.set_default_timeout(180_000)  # an export answers a hundred prompts
     problems: list[str] = []
     page.problems = problems
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    lost = "net::ERR"  # what a killed server leaves behind
-    page.on(
-        "console",
-        lambda message: problems.append(message.text) if message.type == "error" and lost not in message.text else None,
-    )
+    # What a killed server leaves behind, and Gradio's words for what a reload breaks off, which come when they come.
+    broken_off = ("net::ERR", "signal is aborted without reason", "Connection errored out")
+
+    def note(text: str) -> None:
+        if not any(words in text for words in broken_off):
+            problems.append(text)
+
+    page.on("pageerror", lambda error: note(str(error)))
+    page.on("console", lambda message: note(message.text) if message.type == "error" else None)
     yield page
     page.close()
     assert not problems
