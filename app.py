@@ -121,13 +121,13 @@ def check_data(data: str, copied: str, *values: Any) -> Any:
     A mended copy of other data is no longer offered.
     """
     seen, same = 0, (gr.skip(),) * len(forget_repair())
-    yield "", *(gr.skip(),) * 6, *(same if copied and data == copied else forget_repair())
+    offered = same if copied and data == copied else forget_repair()
+    yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6, *offered
 
     def on_row() -> None:
         nonlocal seen
         seen += 1
 
-    yield parts.show_message("Reading the rows …", "soft"), *(gr.skip(),) * 6, *same
     try:
         config = read_config(values)
         files = [str(shipped_path("sample.jsonl"))] if data in (SAMPLE, "", None) else find_data([data])

@@ -166,9 +166,8 @@ def retry(typed: str, left: list[Any], right: list[Any]) -> tuple[str, list[Any]
 
     A side that gave no answer to it has left it out already, and goes back no further.
     """
-    longer = left if len(left) >= len(right) else right
-    asked = chat.before_last_question(longer)[1]
     ends = [(side, *chat.before_last_question(side)) for side in (left, right)]
+    asked = max(ends, key=lambda end: len(end[0]))[2]
     rests = [rest if last == asked else side for side, rest, last in ends]
     return asked or typed, rests[0], rests[1]
 

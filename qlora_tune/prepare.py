@@ -6,7 +6,6 @@ What this module returns is what the preview shows and what the trainer gets.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,14 +183,12 @@ def prepare_data(config: TrainConfig, chat: ChatFormat) -> PreparedData:
         report.problems += split
     train, train_problems = tokenize_examples(chat, train_examples, config.max_length)
     heldout, heldout_problems = tokenize_examples(chat, heldout_examples, config.max_length)
-    heldout_examples = _cut_chats(chat, heldout_examples, config.max_length)
     unseen_examples, unseen_problems = leave_out_long(chat, unseen_examples, config.max_length)
     report.problems += train_problems + heldout_problems + unseen_problems
     if not train:
         reasons = [str(problem) for problem in report.problems]
         raise DataError(join_problems("No row is left to train on.", reasons))
-    whole = {sequence.source for sequence in heldout}
-    kept = [example for example in heldout_examples if example.source in whole]
+    kept = _as_learned(chat, heldout_examples, heldout)
     return PreparedData(train, heldout, kept, report, unseen_examples)
 
 
@@ -280,29 +277,24 @@ def leave_out_long(
 ) -> tuple[list[Example], list[DataProblem]]:
     """Leave out examples that the template can't write within max_length [tokens], and say which; cut long chats."""
     sequences, problems = tokenize_examples(chat, examples, max_length)
-    whole = {sequence.source for sequence in sequences}
-    kept = [example for example in examples if example.source in whole]
-    return _cut_chats(chat, kept, max_length), problems
+    return _as_learned(chat, examples, sequences), problems
 
 
-def _cut_chats(chat: ChatFormat, examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Chats as far as the last learned answer within max_length [tokens]: the one that is asked for in scoring.
+def _as_learned(chat: ChatFormat, examples: Sequence[Example], sequences: Sequence[TokenizedExample]) -> list[Example]:
+    """The examples that have sequences, and of chats that were cut the part that these hold.
 
-    Tokenizing cuts them there too. One that has none stays as it is.
+    Scoring asks for the last answer, which is then the last that the held-out loss counts.
     """
-    cut = []
+    learned: Counter[str] = Counter()
+    for sequence in sequences:
+        learned[sequence.source] += sequence.labels.count(chat.end_of_turn_id)
+    kept = []
     for example in examples:
-        turns = example.messages
+        turns, count = example.messages, learned[example.source]
         ends = [n for n, turn in enumerate(turns, 1) if turn["role"] == "assistant" and turn.get("learn", True)]
-        if len(ends) > 1 and count_tokens(chat, turns, example.tools) > max_length:
-
-            def length(end: int, turns: Any = turns, tools: Any = example.tools) -> int:
-                return count_tokens(chat, turns[:end], tools)
-
-            fitting = bisect_right(ends, max_length, key=length)
-            example = replace(example, messages=turns[: ends[fitting - 1]]) if fitting else example
-        cut.append(example)
-    return cut
+        if count:
+            kept.append(example if count >= len(ends) else replace(example, messages=turns[: ends[count - 1]]))
+    return kept
 
 
 def _refuse_changed(run: Run, files: Sequence[str]) -> None:

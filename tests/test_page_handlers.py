@@ -45,9 +45,9 @@ def here(app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "runs"
 
 
-def begin(name: str, **state: Any) -> Run:
+def begin(name: str) -> Run:
     run = new_run(settings(runs_dir="runs", run_name=name))
-    run.update_state(**{"status": "finished", "pid": None, **state})
+    run.update_state(status="finished", pid=None)
     return run
 
 
@@ -58,9 +58,9 @@ def with_adapter(run: Run, kind: str = "LORA") -> Run:
     return run
 
 
-def values_of(app: ModuleType, config: Any, **changes: Any) -> list[Any]:
+def values_of(app: ModuleType, config: Any) -> list[Any]:
     shown = {name: as_field(getattr(config, name)) for name in app.NAMES}
-    return list({**shown, "preset": "auto", "data": app.SAMPLE, **changes}.values())
+    return list({**shown, "preset": "auto", "data": app.SAMPLE}.values())
 
 
 @pytest.mark.parametrize("model", ["builtin", OTHER_BASE])
@@ -92,7 +92,8 @@ def test_what_is_asked_before_a_stop_goes_with_the_run_that_it_was_asked_of(
         begin(name)
     living = {"one", "two"}
     monkeypatch.setattr(Run, "is_alive", lambda run: run.name in living)
-    *_, seen, asked = (*(shown := app.watch("one", None))[:2], shown[-1])
+    shown = app.watch("one", None)
+    seen, asked = shown[1], shown[-1]
     assert asked.visible is False
     assert shown[7].visible is True, "Stop is offered"
     begin("three")
